@@ -1,0 +1,202 @@
+"""Loads the base model: VAE, transformer, scheduler and the empty prompt, from a folder or a hub id."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+from models.prompt import EmptyPrompt
+from utils.errors import InputError, first_line
+
+PROMPT_FILE_NAME = "empty_prompt.safetensors"
+MODEL_PARTS = ("transformer", "vae", "scheduler")
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt")
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+Part = TypeVar("Part", AutoencoderKL, SD3Transformer2DModel, FlowMatchEulerDiscreteScheduler)
+
+
+def resolve_base(base_model_path: str, parts: tuple[str, ...] = MODEL_PARTS) -> Path:
+    """Returns the local folder of a base model; a folder is looked at before any hub is asked.
+
+    Args:
+        base_model_path: a folder in the Diffusers layout, or a hub id.
+        parts: the subfolders that are needed.
+
+    Raises:
+        InputError: with the remedy, if the folder is incomplete or the hub does not give the model.
+    """
+    folder = Path(base_model_path).expanduser()
+    if folder.exists():
+        missing = [part for part in parts if not (folder / part).is_dir()]
+        if missing:
+            raise InputError(f"{folder}: not a base model in the Diffusers layout, {', '.join(missing)} missing")
+        return folder
+    if base_model_path.startswith((".", "~", os.sep)) or base_model_path.count("/") != 1:
+        raise InputError(f"{base_model_path}: no such folder, and not a hub id (OWNER/NAME); check base_model_path")
+    patterns = [f"{part}/{pattern}" for part in parts for pattern in HUB_PATTERNS]
+    try:
+        return Path(snapshot_download(base_model_path, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise InputError(
+            f"{base_model_path}: gated; accept its licence on its hub page, then log in with `hf auth login`, or set "
+            "base_model_path to a folder"
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise InputError(
+            f"{base_model_path}: neither a folder here nor a model on the hub; check base_model_path (a private model "
+            "needs `hf auth login`)"
+        ) from error
+    except (OSError, HfHubHTTPError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"{base_model_path}: no such folder, and the hub did not give it ({first_line(error)}). Without a network set "
+            "base_model_path to a folder with the model; assets/tiny_sd3 is one"
+        ) from error
+
+
+def load_part(part_class: type[Part], folder: Path, part: str, dtype: torch.dtype = torch.float32) -> Part:
+    """Loads one part from its subfolder, weights from safetensors only.
+
+    Raises:
+        InputError: naming the subfolder, if it is missing or broken.
+    """
+    extra = {} if part == "scheduler" else {"torch_dtype": dtype, "use_safetensors": True}
+    try:
+        return part_class.from_pretrained(folder, subfolder=part, local_files_only=True, **extra)
+    except Exception as error:  # every way in which foreign files can be broken, Diffusers has its own exception
+        raise InputError(
+            f"{folder / part}: cannot be loaded as {part_class.__name__} ({first_line(error)}); weights must be safetensors"
+        ) from error
+
+
+def load_vae(folder: Path, dtype: torch.dtype) -> AutoencoderKL:
+    """Loads the VAE, frozen and in evaluation mode."""
+    return load_part(AutoencoderKL, folder, "vae", dtype).requires_grad_(False).eval()
+
+
+def load_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> SD3Transformer2DModel:
+    """Loads the transformer from `folder`/transformer."""
+    return load_part(SD3Transformer2DModel, folder, "transformer", dtype)
+
+
+def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
+    """Loads the scheduler, of which only `shift` is used (models/flow.py owns the sigma grid)."""
+    return load_part(FlowMatchEulerDiscreteScheduler, folder, "scheduler")
+
+
+def load_prompt(base_model_path: str, prompt_embeds_path: str | None = None) -> EmptyPrompt:
+    """Loads the empty prompt, or computes it once with the base's own CLIP encoders.
+
+    Looked for in this order: `prompt_embeds_path`; `empty_prompt.safetensors` in the base's folder; the cache of what
+    was computed before; the base's text encoders.
+
+    Raises:
+        InputError: if none of these gives it.
+    """
+    if prompt_embeds_path is not None:
+        return EmptyPrompt.from_file(Path(prompt_embeds_path).expanduser())
+    folder = Path(base_model_path).expanduser()
+    if (folder / PROMPT_FILE_NAME).is_file():
+        return EmptyPrompt.from_file(folder / PROMPT_FILE_NAME)
+    folder = resolve_base(base_model_path, ("transformer", *TEXT_PARTS))
+    cached = _prompt_cache_path(folder)
+    if cached.is_file():
+        return EmptyPrompt.from_file(cached)
+    prompt = compute_empty_prompt(folder)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    partial = cached.with_suffix(f".{os.getpid()}.part")
+    prompt.save_file(partial)
+    partial.replace(cached)
+    return prompt
+
+
+def compute_empty_prompt(folder: Path) -> EmptyPrompt:
+    """Encodes "" with the two CLIP encoders; T5 is left out and its 77 rows are zero, as in the published run.
+
+    Args:
+        folder: base model with text encoders and tokenizers.
+
+    Returns:
+        The prompt, (1, 154, joint_attention_dim) and (1, pooled) for CLIP's 77 tokens; the encoders are freed.
+
+    Raises:
+        InputError: if the encoders cannot be loaded.
+    """
+    try:
+        encoders = {
+            part: CLIPTextModelWithProjection.from_pretrained(
+                folder, subfolder=part, use_safetensors=True, local_files_only=True
+            ).eval()
+            for part in ("text_encoder", "text_encoder_2")
+        }
+        tokenizers = {
+            part: CLIPTokenizer.from_pretrained(folder, subfolder=part, local_files_only=True)
+            for part in ("tokenizer", "tokenizer_2")
+        }
+        joint_attention_dim = SD3Transformer2DModel.load_config(folder, subfolder="transformer")["joint_attention_dim"]
+        clip_embeds, pooled = [], []
+        for encoder, tokenizer in zip(encoders.values(), tokenizers.values(), strict=True):
+            tokens = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
+            with torch.no_grad():
+                encoded = encoder(tokens.input_ids, output_hidden_states=True)
+            clip_embeds.append(encoded.hidden_states[-2].float())  # SD3 takes the last layer but one
+            pooled.append(encoded.text_embeds.float())
+    except Exception as error:  # Transformers has no common exception for broken or missing files
+        raise InputError(
+            f"{folder}: its CLIP text encoders cannot be loaded to compute the empty prompt ({first_line(error)}); give a "
+            "safetensors file with prompt_embeds_path"
+        ) from error
+    clip = torch.cat(clip_embeds, dim=-1)  # (1, 77, 2048)
+    rows = torch.nn.functional.pad(clip, (0, joint_attention_dim - clip.shape[-1]))
+    return EmptyPrompt.from_tensors(torch.cat([rows, torch.zeros_like(rows)], dim=1), torch.cat(pooled, dim=-1))
+
+
+def widen_patch_projection(transformer: SD3Transformer2DModel, in_channels: int) -> SD3Transformer2DModel:
+    """Widens the input to `in_channels`, keeping the pretrained function (Marigold, arXiv 2312.02145, section 3.3).
+
+    The pretrained weights are copied to each block of input channels and divided by the number of blocks, so that equal
+    blocks give the pretrained output. A transformer that is wide enough is returned as it is.
+
+    Args:
+        transformer: with `in_channels` dividing the new number.
+        in_channels: of the result.
+
+    Raises:
+        ValueError: if the channels do not divide.
+    """
+    old = transformer.pos_embed.proj
+    if old.in_channels == in_channels:
+        return transformer
+    if in_channels % old.in_channels:
+        raise ValueError(f"cannot widen {old.in_channels} input channels to {in_channels}")
+    copies = in_channels // old.in_channels
+    new = torch.nn.Conv2d(in_channels, old.out_channels, old.kernel_size, old.stride, bias=old.bias is not None)
+    new.to(device=old.weight.device, dtype=old.weight.dtype)
+    with torch.no_grad():
+        new.weight.copy_(old.weight.repeat(1, copies, 1, 1) / copies)
+        if old.bias is not None and new.bias is not None:
+            new.bias.copy_(old.bias)
+    transformer.pos_embed.proj = new
+    transformer.register_to_config(in_channels=in_channels)
+    return transformer
+
+
+def _prompt_cache_path(folder: Path) -> Path:
+    """Returns where a base's computed prompt is cached, by its encoders' configurations and weight file sizes."""
+    files = sorted(path for part in TEXT_PARTS for path in (folder / part).glob("*") if path.is_file())
+    identity = [(str(path.relative_to(folder)), path.stat().st_size) for path in files]
+    configs = [path.read_text(encoding="utf-8") for path in files if path.name == "config.json"]
+    digest = hashlib.sha256(json.dumps([str(folder.resolve()), identity, configs]).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "sd3-transparency" / f"empty_prompt_{digest}.safetensors"

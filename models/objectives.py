@@ -1,0 +1,197 @@
+"""How the transformer is trained and read. An objective has no parameters and is handed the prepared transformer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from models import flow
+from models.prompt import EmptyPrompt
+
+
+class Objective(Protocol):
+    """The seam between the trainer and a way of training; roles are condition and target, whatever a task calls them."""
+
+    in_channels_factor: int
+    """Input channels of the transformer as a multiple of the latent channels."""
+    stochastic: bool
+    """Whether `predict` starts from noise, so that predictions can vote."""
+
+    def loss(
+        self,
+        transformer: torch.nn.Module,
+        condition_latents: torch.Tensor,
+        target_latents: torch.Tensor,
+        prompt: EmptyPrompt,
+        generator: Sequence[torch.Generator],
+    ) -> dict[str, torch.Tensor]:
+        """Returns named losses, each (B,), float32, for latents (B, C, h, w); `loss` is what is minimised."""
+
+    def predict(
+        self,
+        transformer: torch.nn.Module,
+        condition_latents: torch.Tensor,
+        prompt: EmptyPrompt,
+        generator: Sequence[torch.Generator],
+        num_inference_steps: int,
+    ) -> torch.Tensor:
+        """Returns predicted target latents (B, C, h, w), float32."""
+
+
+class EndToEnd:
+    """Condition latents at the constant timestep 1000 -> target latents, in one deterministic pass."""
+
+    in_channels_factor = 1
+    stochastic = False
+
+    def __init__(self, settings: Mapping[str, Any], shift: float) -> None:
+        del settings, shift  # one fixed timestep has neither
+
+    def predict(
+        self,
+        transformer: torch.nn.Module,
+        condition_latents: torch.Tensor,
+        prompt: EmptyPrompt,
+        generator: Sequence[torch.Generator] = (),
+        num_inference_steps: int = 1,
+    ) -> torch.Tensor:
+        """Returns predicted target latents (B, C, h, w), float32; generator and steps have no effect."""
+        timesteps = condition_latents.new_full((len(condition_latents),), flow.NUM_TRAIN_TIMESTEPS)
+        return call_transformer(transformer, condition_latents, timesteps, prompt)
+
+    def loss(
+        self,
+        transformer: torch.nn.Module,
+        condition_latents: torch.Tensor,
+        target_latents: torch.Tensor,
+        prompt: EmptyPrompt,
+        generator: Sequence[torch.Generator] = (),
+    ) -> dict[str, torch.Tensor]:
+        """Returns the mean squared error in latent space, (B,)."""
+        _check_shapes(condition_latents, target_latents)
+        model_pred = self.predict(transformer, condition_latents, prompt)
+        latent_loss = (model_pred - target_latents).square().mean(dim=(1, 2, 3))
+        return {"loss": latent_loss}
+
+
+class Diffusion:
+    """Condition latents and noisy target latents -> the flow's velocity; read by Euler steps from noise.
+
+    Args:
+        settings: `weighting_scheme`, `logit_mean`, `logit_std`, `mode_scale`.
+        shift: of the base's scheduler.
+    """
+
+    in_channels_factor = 2
+    stochastic = True
+
+    def __init__(self, settings: Mapping[str, Any], shift: float) -> None:
+        names = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale")
+        self.density = {name: settings[name] for name in names}
+        self.shift = shift
+
+    def loss(
+        self,
+        transformer: torch.nn.Module,
+        condition_latents: torch.Tensor,
+        target_latents: torch.Tensor,
+        prompt: EmptyPrompt,
+        generator: Sequence[torch.Generator],
+    ) -> dict[str, torch.Tensor]:
+        """Returns the weighted squared error of the velocity (SD3, equation 8 in its rectified form), (B,)."""
+        _check_shapes(condition_latents, target_latents)
+        sigmas = flow.sample_sigmas(shift=self.shift, generators=generator, **self.density).to(target_latents.device)
+        noise = _noise_like(target_latents, generator)
+        noisy = flow.add_noise(target_latents, noise, sigmas)
+        model_pred = self._velocity(transformer, condition_latents, noisy, sigmas, prompt)
+        weights = flow.loss_weights(self.density["weighting_scheme"], sigmas)
+        error = (model_pred - flow.velocity(target_latents, noise)).square()
+        return {"loss": (weights * error).mean(dim=(1, 2, 3))}
+
+    def predict(
+        self,
+        transformer: torch.nn.Module,
+        condition_latents: torch.Tensor,
+        prompt: EmptyPrompt,
+        generator: Sequence[torch.Generator],
+        num_inference_steps: int,
+    ) -> torch.Tensor:
+        """Returns target latents (B, C, h, w) after `num_inference_steps` Euler steps from each generator's noise."""
+        sigmas = flow.inference_sigmas(num_inference_steps, self.shift).to(condition_latents.device)
+        noisy = _noise_like(condition_latents, generator)
+        for sigma, next_sigma in itertools.pairwise(sigmas):
+            model_pred = self._velocity(transformer, condition_latents, noisy, sigma.expand(len(noisy)), prompt)
+            noisy = flow.euler_step(noisy, model_pred, sigma, next_sigma)
+        return noisy
+
+    def _velocity(
+        self,
+        transformer: torch.nn.Module,
+        condition_latents: torch.Tensor,
+        noisy: torch.Tensor,
+        sigmas: torch.Tensor,
+        prompt: EmptyPrompt,
+    ) -> torch.Tensor:
+        hidden_states = torch.cat([condition_latents, noisy], dim=1)  # (B, 2C, h, w)
+        return call_transformer(transformer, hidden_states, flow.timesteps_from_sigmas(sigmas), prompt)
+
+
+OBJECTIVES: dict[str, type[EndToEnd] | type[Diffusion]] = {"end_to_end": EndToEnd, "diffusion": Diffusion}
+
+
+def build_objective(name: str, settings: Mapping[str, Any], shift: float) -> Objective:
+    """Returns the objective of that name.
+
+    Args:
+        name: a key of `OBJECTIVES`.
+        settings: the configuration's keys; each objective reads its own.
+        shift: of the base's scheduler.
+
+    Raises:
+        ValueError: naming the valid choices.
+    """
+    if name not in OBJECTIVES:
+        raise ValueError(f"unknown objective {name!r}; valid: {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name](settings, shift)
+
+
+def call_transformer(
+    transformer: torch.nn.Module, hidden_states: torch.Tensor, timesteps: torch.Tensor, prompt: EmptyPrompt
+) -> torch.Tensor:
+    """Runs the transformer in its own precision.
+
+    Args:
+        transformer: an `SD3Transformer2DModel`, as it is or prepared by an engine.
+        hidden_states: (B, C_in, h, w).
+        timesteps: (B,), 1000 * sigma.
+        prompt: the text condition.
+
+    Returns:
+        Model prediction (B, C, h, w), float32.
+    """
+    dtype = next(transformer.parameters()).dtype
+    prompt_embeds, pooled_prompt_embeds = prompt.expand(len(hidden_states), dtype)
+    (model_pred,) = transformer(
+        hidden_states=hidden_states.to(dtype),
+        timestep=timesteps,
+        encoder_hidden_states=prompt_embeds,
+        pooled_projections=pooled_prompt_embeds,
+        return_dict=False,
+    )
+    return model_pred.float()
+
+
+def _noise_like(latents: torch.Tensor, generator: Sequence[torch.Generator]) -> torch.Tensor:
+    return randn_tensor(tuple(latents.shape), generator=list(generator), device=latents.device, dtype=torch.float32)
+
+
+def _check_shapes(condition_latents: torch.Tensor, target_latents: torch.Tensor) -> None:
+    if condition_latents.shape != target_latents.shape or target_latents.ndim != 4:
+        raise ValueError(
+            "condition and target latents must have the same shape (B, C, h, w), got "
+            f"{tuple(condition_latents.shape)} and {tuple(target_latents.shape)}"
+        )

@@ -1,0 +1,173 @@
+"""One Diffusers object, pictures in, masks out; validation, inference and users all call it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+)
+from diffusers.utils import BaseOutput
+
+from dataset.codecs import BinaryCodec
+from models.latents import DOWNSCALE, LatentCodec
+from models.objectives import build_objective
+from models.prompt import EmptyPrompt
+from utils.seeding import Stream, torch_generator
+
+DEFAULT_BATCH_SIZE = 4
+
+
+@dataclass
+class SegmentationOutput(BaseOutput):
+    """What the pipeline returns for B pictures.
+
+    Args:
+        predictions: (B, 3, H, W), float32 in [0, 1]: the clamped decode, the mean over an ensemble's members.
+        soft: (B, H, W), float32 in [0, 1]: the codec's reading of `predictions`.
+        masks: (B, H, W), uint8 in {0, 1}: where `soft` exceeds the threshold.
+        uncertainty: (B, H, W), float32: the standard deviation over the members' soft predictions, or None where the
+            objective is deterministic.
+    """
+
+    predictions: torch.Tensor
+    soft: torch.Tensor
+    masks: torch.Tensor
+    uncertainty: torch.Tensor | None
+
+
+class TransparencySegmentationPipeline(DiffusionPipeline):
+    """Segments transparent objects in pictures.
+
+    Args:
+        transformer: fine-tuned.
+        vae: of the base model.
+        scheduler: of the base model; only its `shift` is used.
+        prompt: the empty prompt that the transformer was trained with.
+        objective: a key of `models.objectives.OBJECTIVES`.
+        resolution: side in pixels that the transformer was trained at.
+        threshold: default for a call.
+        denoise_steps: default for a call.
+        ensemble_size: default for a call.
+        weighting_scheme: of the training.
+        logit_mean: of the training.
+        logit_std: of the training.
+        mode_scale: of the training.
+    """
+
+    model_cpu_offload_seq = "prompt->vae->transformer->vae"
+
+    def __init__(
+        self,
+        transformer: SD3Transformer2DModel,
+        vae: AutoencoderKL,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        prompt: EmptyPrompt,
+        objective: str = "end_to_end",
+        resolution: int = 1024,
+        threshold: float = 0.5,
+        denoise_steps: int = 20,
+        ensemble_size: int = 5,
+        weighting_scheme: str = "logit_normal",
+        logit_mean: float = 0.0,
+        logit_std: float = 1.0,
+        mode_scale: float = 1.29,
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, prompt=prompt)
+        settings = {
+            "weighting_scheme": weighting_scheme,
+            "logit_mean": logit_mean,
+            "logit_std": logit_std,
+            "mode_scale": mode_scale,
+        }
+        self.register_to_config(
+            objective=objective,
+            resolution=resolution,
+            threshold=threshold,
+            denoise_steps=denoise_steps,
+            ensemble_size=ensemble_size,
+            **settings,
+        )
+        self.objective = build_objective(objective, settings, scheduler.config.shift)
+        self.latent_codec = LatentCodec(vae)
+        self.codec = BinaryCodec()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        images: torch.Tensor,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        threshold: float | None = None,
+        denoise_steps: int | None = None,
+        ensemble_size: int | None = None,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+    ) -> SegmentationOutput:
+        """Predicts masks for a batch of pictures of one size.
+
+        Args:
+            images: (B, 3, H, W), float in [0, 1], H and W multiples of 16.
+            generator: CPU generators of the starting noise, one per picture (an ensemble's members draw from their
+                picture's in turn) or one for all; None: seeded by the picture's position.
+            threshold: in [0, 1]; None: the pipeline's.
+            denoise_steps: Euler steps; None: the pipeline's. No effect on a deterministic objective.
+            ensemble_size: members; None: the pipeline's. No effect on a deterministic objective.
+            batch_size: members per forward pass.
+
+        Returns:
+            Predictions, soft masks, masks and uncertainty on the CPU, in the order of the pictures.
+
+        Raises:
+            ValueError: if shapes, ranges or the number of generators do not fit.
+        """
+        side = DOWNSCALE * self.transformer.config.patch_size
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % side or images.shape[3] % side:
+            raise ValueError(
+                f"expected images (B, 3, H, W) with H and W multiples of {side}, got {tuple(images.shape)}"
+            )
+        members = (ensemble_size or self.config.ensemble_size) if self.objective.stochastic else 1
+        generators = _one_per_picture(generator, len(images))
+        steps = denoise_steps or self.config.denoise_steps
+        device = self._execution_device
+        predictions, soft, uncertainty = [], [], []
+        condition = torch.cat(
+            [self.latent_codec.encode(chunk.to(device) * 2 - 1) for chunk in images.float().split(batch_size)]
+        )
+        # Members of all pictures in one row, cut into forward passes: the noise does not depend on where the cuts fall.
+        owners = [picture for picture in range(len(images)) for _ in range(members)]
+        pixels = []
+        for start in range(0, len(owners), batch_size):
+            chunk = owners[start : start + batch_size]
+            latents = self.objective.predict(
+                self.transformer, condition[chunk], self.prompt, [generators[picture] for picture in chunk], steps
+            )
+            pixels.append(self.latent_codec.decode(latents).clamp(-1, 1).cpu())
+        for group in torch.cat(pixels).split(members):  # (members, 3, H, W)
+            member_soft = self.codec.decode(group)
+            predictions.append((group.mean(dim=0) + 1) / 2)
+            soft.append(member_soft.mean(dim=0))
+            uncertainty.append(member_soft.std(dim=0, correction=0))
+        soft_masks = torch.stack(soft)
+        return SegmentationOutput(
+            predictions=torch.stack(predictions),
+            soft=soft_masks,
+            masks=self.codec.quantise(soft_masks, self.config.threshold if threshold is None else threshold),
+            uncertainty=torch.stack(uncertainty) if self.objective.stochastic else None,
+        )
+
+
+def _one_per_picture(
+    generator: torch.Generator | Sequence[torch.Generator] | None, num_pictures: int
+) -> list[torch.Generator]:
+    if generator is None:
+        return [torch_generator(Stream.INFERENCE_NOISE, 0, position) for position in range(num_pictures)]
+    if isinstance(generator, torch.Generator):
+        return [generator] * num_pictures
+    if len(generator) != num_pictures:
+        raise ValueError(f"{len(generator)} generators for {num_pictures} pictures; give one, or one per picture")
+    return list(generator)

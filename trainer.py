@@ -1,0 +1,370 @@
+"""Fine-tunes the transformer on pairs of pictures and masks; every key of config.yaml is also a flag."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+
+from dataset.sampling import BatchStream, resumed_batch
+from dataset.trans10k import LAYOUTS, PairDataset, Scan, collate, prepare_worker, scan
+from models.base import (
+    DTYPES,
+    load_prompt,
+    load_scheduler,
+    load_transformer,
+    load_vae,
+    resolve_base,
+    widen_patch_projection,
+)
+from models.latents import LatentCodec
+from models.objectives import build_objective
+from models.prompt import EmptyPrompt
+from utils import checkpoints
+from utils.checkpoints import TrainingState
+from utils.config import Config, parse_config, to_yaml
+from utils.engine import build_accelerator, clip_gradients, uses_deepspeed
+from utils.errors import InputError, InterruptedRunError, run_command
+from utils.evaluation import evaluate
+from utils.metrics import summarise
+from utils.monitor import TrainingMonitor
+from utils.provenance import write_provenance
+from utils.schedules import learning_rate_factor
+from utils.seeding import Stream, torch_generator
+from utils.signals import StopRequests
+from utils.tensors import load_optimizer
+from utils.trackers import check_tracker, start_tracker
+
+
+class Trainer:
+    """One training run: builds everything, then `train` loops, validates and saves."""
+
+    transformer: Any
+    optimizer: Any
+    total_steps: int
+    saved_step: int
+    save_steps: int | None
+    peak_rate: float
+
+    def __init__(
+        self, config: Config, accelerator: Accelerator, train: Scan, validation: Scan | None, stop: StopRequests
+    ):
+        self.config, self.accelerator, self.stop = config, accelerator, stop
+        self.resumed = self._find_resumed()
+        self._load_models()
+        self._plan(train)
+        self._load_data(train, validation)
+        self._prepare_output()
+        self.optimizer = torch.optim.AdamW(
+            self.transformer.parameters(),
+            lr=self.peak_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.adam_weight_decay,
+        )
+        bare_transformer = self.transformer
+        self.transformer, self.optimizer = accelerator.prepare(self.transformer, self.optimizer)
+        self._restore_optimizer()
+        self.pipeline = checkpoints.build_pipeline(config, self.base, bare_transformer, self.vae, self.prompt)
+
+    def train(self) -> None:
+        """Runs the remaining updates.
+
+        Raises:
+            InterruptedRunError: after a signal, once the state is saved.
+            TrainingDivergedError: if the loss is not finite; nothing is saved then.
+        """
+        self.monitor = TrainingMonitor(
+            self.accelerator,
+            self.config.output_dir,
+            self.global_step,
+            self.total_steps,
+            self.stream.global_batch_size * self.config.gradient_accumulation_steps,
+            self.config.log_steps,
+        )
+        batches = iter(self.loader)
+        try:
+            while self.global_step < self.total_steps:
+                self._leave_if_asked()
+                self._update(batches)
+                if self._is_due(self.config.val_steps):
+                    self._validate()
+                if self._is_due(self.save_steps) or self.global_step == self.total_steps:
+                    self._save()
+            self._leave_if_asked()
+        except InterruptedRunError as error:
+            self._save()
+            raise InterruptedRunError(f"{error}; saved update {self.global_step}", error.exit_code) from error
+        except InputError:
+            # A broken file is found on one process only, and saving needs them all.
+            if self.accelerator.num_processes == 1:
+                self._save()
+            raise
+        finally:
+            self.monitor.bar.close()
+        self.monitor.close()
+
+    def _update(self, batches: Iterator[dict[str, Any]]) -> None:
+        """One optimiser update over `gradient_accumulation_steps` batches."""
+        rate = self.peak_rate * self._rate_factor(self.global_step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        grad_norm = None
+        for _ in range(self.config.gradient_accumulation_steps):
+            batch = next(batches)
+            with self.accelerator.accumulate(self.transformer):
+                losses = self._losses(batch)
+                self.accelerator.backward(losses["loss"].mean())
+                if self.accelerator.sync_gradients:
+                    grad_norm = clip_gradients(self.accelerator, self.transformer, self.config.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            self.batches_seen += 1
+            self.monitor.record_batch(self.global_step + 1, losses, batch["name"])
+        self.global_step += 1
+        self.monitor.finish_update(
+            self.global_step, self._epoch(), rate, grad_norm, self.config.gradient_accumulation_steps
+        )
+
+    def _losses(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Returns the objective's named losses of a batch, each (B,)."""
+        device = self.accelerator.device
+        image_pixels = batch["image"].to(device, non_blocking=True) * 2 - 1  # (B, 3, H, W)
+        mask_pixels = self.codec.encode(batch["label"].to(device, non_blocking=True))
+        image_latents = self.latent_codec.encode(image_pixels)  # (B, 16, H/8, W/8)
+        mask_latents = self.latent_codec.encode(mask_pixels)
+        generators = [
+            torch_generator(Stream.TRAINING_NOISE, self.config.seed, epoch, index)
+            for epoch, index in zip(batch["epoch"], batch["index"], strict=True)
+        ]
+        return self.objective.loss(self.transformer, image_latents, mask_latents, self.prompt, generators)
+
+    def _validate(self) -> None:
+        """Scores the validation split; a new best checkpoint is saved at once."""
+        if self.validation_data is None:
+            return
+        self.transformer.eval()
+        scores = evaluate(
+            self.pipeline,
+            self.validation_data,
+            self.accelerator,
+            batch_size=self.config.test_batch_size,
+            seed=self.config.seed,
+            num_workers=self.config.dataloader_num_workers,
+            poll_stop=self.stop.poll,
+            description="validation",
+        )
+        self.transformer.train()
+        summary = summarise(scores)
+        self.monitor.record_validation(self.global_step, self._epoch(), summary)
+        best = checkpoints.read_best(self.config.output_dir)
+        if best is None or summary["iou"] > best["iou"]:
+            self._save(val_iou=summary["iou"])
+
+    def _save(self, val_iou: float | None = None) -> None:
+        """Saves a checkpoint of this update, once."""
+        if self.saved_step == self.global_step:
+            return
+        self.monitor.check_finite(self.global_step)
+        accelerator, deepspeed = self.accelerator, uses_deepspeed(self.accelerator)
+        partial = checkpoints.partial_folder(self.config.output_dir, self.global_step)
+        if accelerator.is_main_process:
+            checkpoints.clean_up(self.config.output_dir)
+            partial.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        state_dict = accelerator.get_state_dict(self.transformer)
+        if deepspeed:
+            self.transformer.save_checkpoint(str(partial / checkpoints.ENGINE_FOLDER_NAME), tag="state")
+        if accelerator.is_main_process:
+            checkpoints.write_checkpoint(
+                partial,
+                self._state(),
+                replace(self.config, resume_from_checkpoint=None),
+                accelerator.unwrap_model(self.transformer),
+                state_dict,
+                self.prompt,
+                None if deepspeed else self.optimizer.optimizer,
+            )
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            checkpoints.publish_checkpoint(
+                self.config.output_dir, self.global_step, self.config.checkpoints_total_limit, val_iou
+            )
+        accelerator.wait_for_everyone()
+        self.saved_step = self.global_step
+
+    def _find_resumed(self) -> Path | None:
+        config = self.config
+        if config.resume_from_checkpoint is not None:
+            return checkpoints.find_checkpoint(
+                config.output_dir, config.resume_from_checkpoint, "resume_from_checkpoint"
+            )
+        if complete := checkpoints.list_checkpoints(config.output_dir):
+            raise InputError(
+                f"{config.output_dir}: holds {complete[-1][1].name} of an earlier run; go on with "
+                "--resume_from_checkpoint latest, or choose another output_dir"
+            )
+        return None
+
+    def _load_models(self) -> None:
+        """Loads VAE, transformer, scheduler and prompt; the objective says how many input channels it needs."""
+        config, device = self.config, self.accelerator.device
+        with self.accelerator.local_main_process_first():
+            self.base = resolve_base(config.base_model_path)
+            self.prompt: EmptyPrompt = (
+                EmptyPrompt.from_file(self.resumed / checkpoints.PROMPT_FILE_NAME)
+                if self.resumed
+                else load_prompt(config.base_model_path, config.prompt_embeds_path)
+            ).to(device)
+        self.vae = load_vae(self.base, DTYPES[config.data_type]).to(device)
+        self.latent_codec = LatentCodec(self.vae)
+        self.codec = LAYOUTS[config.dataset_name].codec
+        self.objective = build_objective(config.objective, asdict(config), load_scheduler(self.base).config.shift)
+        in_channels = self.objective.in_channels_factor * self.vae.config.latent_channels
+        self.transformer = load_transformer(self.resumed or self.base)
+        if self.resumed and self.transformer.config.in_channels != in_channels:
+            trained = checkpoints.read_config(self.resumed).objective
+            raise InputError(f"{self.resumed}: was trained with objective: {trained}, not {config.objective}")
+        widen_patch_projection(self.transformer, in_channels)
+        if config.gradient_checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+        self.transformer.train()
+
+    def _plan(self, train: Scan) -> None:
+        """Turns epochs into updates; knows where a resumed run stands."""
+        config, accelerator = self.config, self.accelerator
+        arguments = (len(train.pairs), config.train_batch_size, config.seed)
+        self.stream = BatchStream(*arguments, accelerator.process_index, accelerator.num_processes)
+        self.global_step = self.batches_seen = 0
+        if self.resumed:
+            state = checkpoints.read_state(self.resumed)
+            self.global_step = state.global_step
+            self.batches_seen = resumed_batch(
+                state.batches_seen, state.global_batch_size, self.stream.global_batch_size, len(train.pairs)
+            )
+        self.saved_step = self.global_step
+        self.total_steps = config.max_train_steps or self._updates(config.epochs or 0)
+        self.save_steps = config.save_checkpoint_steps or self._updates(config.save_checkpoint_epochs or 0) or None
+        self.warmup_steps = config.lr_warmup_steps or self._updates(config.lr_warmup_epochs or 0)
+        remaining = max(0, self.total_steps - self.global_step)
+        self.stream.start = self.batches_seen
+        self.stream.stop = self.batches_seen + remaining * config.gradient_accumulation_steps
+        effective_batch = self.stream.global_batch_size * config.gradient_accumulation_steps
+        self.peak_rate = config.lr * (effective_batch if config.scale_lr else 1)
+        accelerator.print(
+            f"{self.stream.batches_per_epoch} batches an epoch, effective batch {effective_batch}, {self.total_steps} updates"
+            f" ({self.warmup_steps} warm-up), peak rate {self.peak_rate:.3g}"
+            + (f"; resuming {self.resumed} at update {self.global_step}" if self.resumed else "")
+        )
+
+    def _load_data(self, train: Scan, validation: Scan | None) -> None:
+        config, reader = self.config, LAYOUTS[self.config.dataset_name].read_label
+        seed = config.seed if config.augmentation else None
+        self.loader = DataLoader(
+            PairDataset(train.pairs, reader, config.resolution, augmentation_seed=seed),
+            batch_sampler=self.stream,
+            num_workers=config.dataloader_num_workers,
+            collate_fn=collate,
+            worker_init_fn=prepare_worker,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        self.validation_data = PairDataset(validation.pairs, reader, config.resolution) if validation else None
+
+    def _prepare_output(self) -> None:
+        """Writes the resolved configuration and the run's origin before the first step."""
+        output_dir = Path(self.config.output_dir)
+        if self.accelerator.is_main_process:
+            try:
+                output_dir.mkdir(parents=True, exist_ok=True)
+                checkpoints.clean_up(output_dir)
+                resolved = replace(self.config, resume_from_checkpoint=None)
+                (output_dir / checkpoints.CONFIG_FILE_NAME).write_text(to_yaml(resolved), encoding="utf-8")
+                write_provenance(output_dir / "provenance.json", self.config.seed)
+            except OSError as error:
+                raise InputError(
+                    f"{output_dir}: cannot be written ({error.strerror}); choose another output_dir"
+                ) from error
+            num_parameters = sum(parameter.numel() for parameter in self.transformer.parameters())
+            checkpoints.check_disk_space(output_dir, num_parameters, self.config.checkpoints_total_limit)
+        self.accelerator.wait_for_everyone()
+        start_tracker(self.accelerator, self.config)
+
+    def _restore_optimizer(self) -> None:
+        """Reads the optimiser's state of the resumed checkpoint, where the engine is the same."""
+        if self.resumed is None:
+            return
+        state, engine = checkpoints.read_state(self.resumed), self._state().engine
+        same_shards = state.engine == engine and (
+            engine == "torch" or state.num_processes == self.accelerator.num_processes
+        )
+        if not same_shards:
+            self.accelerator.print(f"warning: the optimiser starts fresh, its state was written by {state.engine}")
+        elif engine == "deepspeed":
+            self.transformer.load_checkpoint(str(self.resumed / checkpoints.ENGINE_FOLDER_NAME), tag="state")
+        else:
+            named = self.accelerator.unwrap_model(self.transformer).named_parameters()
+            load_optimizer(self.optimizer.optimizer, named, self.resumed / checkpoints.OPTIMIZER_FILE_NAME)
+        if self.accelerator.scaler is not None and state.grad_scaler:
+            self.accelerator.scaler.load_state_dict(state.grad_scaler)
+
+    def _state(self) -> TrainingState:
+        scaler = self.accelerator.scaler
+        return TrainingState(
+            global_step=self.global_step,
+            batches_seen=self.batches_seen,
+            global_batch_size=self.stream.global_batch_size,
+            num_pairs=self.stream.num_samples,
+            num_processes=self.accelerator.num_processes,
+            engine="deepspeed" if uses_deepspeed(self.accelerator) else "torch",
+            grad_scaler=scaler.state_dict() if scaler is not None else None,
+        )
+
+    def _updates(self, epochs: float) -> int:
+        return math.ceil(epochs * self.stream.batches_per_epoch / self.config.gradient_accumulation_steps)
+
+    def _epoch(self) -> float:
+        return round(self.batches_seen / self.stream.batches_per_epoch, 4)
+
+    def _rate_factor(self, step: int) -> float:
+        config = self.config
+        return learning_rate_factor(
+            step, self.total_steps, self.warmup_steps, config.lr_scheduler, config.lr_cycles, config.min_lr_ratio
+        )
+
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and (self.global_step % every == 0 or self.global_step == self.total_steps)
+
+    def _leave_if_asked(self) -> None:
+        if code := self.stop.poll():
+            raise InterruptedRunError("asked to stop", code)
+
+
+def main() -> None:
+    """Command line of the trainer."""
+    config, _ = parse_config(sys.argv[1:], __doc__ or "")
+    stop = StopRequests()
+    trackers = check_tracker(config.tracker)
+    data = (config.dataset_name, config.dataset_path)
+    train = scan(*data, "train", mismatched_pairs=config.mismatched_pairs)
+    validation = None
+    if config.val_steps is not None:
+        limit = config.num_vals_train
+        validation = scan(*data, "validation", config.val_difficulty, config.mismatched_pairs, limit)
+    accelerator = build_accelerator(config, trackers)
+    stop.share()
+    for found in (train, validation):
+        accelerator.print(found if found else "validation: none, val_steps is null")
+    set_seed(config.seed)
+    Trainer(config, accelerator, train, validation, stop).train()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,324 @@
+"""Checkpoints: written beside and renamed when whole, found by name, rotated, exported.
+
+A checkpoint is a folder `checkpoint-<global_step>` with `transformer/` (Diffusers, safetensors), `empty_prompt.safetensors`,
+`config.yaml`, `training_state.json` and the optimiser's state: `optimizer.safetensors`, or an engine's own shards under
+`engine/`, which are read on explicit resume only. `python -m utils.checkpoints export RUN OUT` makes a pipeline of one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel
+from huggingface_hub import save_torch_state_dict
+
+from models.base import (
+    DTYPES,
+    PROMPT_FILE_NAME,
+    load_scheduler,
+    load_transformer,
+    load_vae,
+    resolve_base,
+)
+from models.pipeline import TransparencySegmentationPipeline
+from models.prompt import EmptyPrompt
+from utils.config import Config, load_layer, merge_layers, to_yaml
+from utils.errors import InputError, first_line, run_command
+from utils.tensors import save_optimizer
+
+STATE_FILE_NAME = "training_state.json"
+OPTIMIZER_FILE_NAME = "optimizer.safetensors"
+ENGINE_FOLDER_NAME = "engine"
+CONFIG_FILE_NAME = "config.yaml"
+BEST_FILE_NAME = "best.json"
+NAME_PATTERN = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where a training stands.
+
+    Args:
+        global_step: optimiser updates done.
+        batches_seen: batches that each process has seen.
+        global_batch_size: pictures per batch over all processes.
+        num_pairs: pairs of the training split.
+        num_processes: processes of the run.
+        engine: torch or deepspeed.
+        grad_scaler: state of the fp16 loss scaler, if there is one.
+    """
+
+    global_step: int
+    batches_seen: int
+    global_batch_size: int
+    num_pairs: int
+    num_processes: int
+    engine: str
+    grad_scaler: dict[str, Any] | None = None
+
+
+def checkpoints_folder(output_dir: str | Path) -> Path:
+    """Returns the folder of a run's checkpoints."""
+    return Path(output_dir) / "checkpoints"
+
+
+def list_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
+    """Returns (global_step, folder) of each complete checkpoint, in order of steps."""
+    found = []
+    folder = checkpoints_folder(output_dir)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = NAME_PATTERN.fullmatch(path.name)
+        if match and (path / STATE_FILE_NAME).is_file():
+            found.append((int(match.group(1)), path))
+    return sorted(found)
+
+
+def read_best(output_dir: str | Path) -> dict[str, Any] | None:
+    """Returns the content of `best.json` (`checkpoint`, `iou`, `global_step`), or None if it names no checkpoint."""
+    folder = checkpoints_folder(output_dir)
+    try:
+        best = json.loads((folder / BEST_FILE_NAME).read_text(encoding="utf-8"))
+        name, iou = best["checkpoint"], float(best["iou"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    known = {path.name for _, path in list_checkpoints(output_dir)}
+    return {**best, "iou": iou} if name in known else None
+
+
+def find_checkpoint(output_dir: str | Path, name: str, key: str) -> Path:
+    """Returns the folder of a checkpoint that was asked for.
+
+    Args:
+        output_dir: of the run.
+        name: latest, best, a checkpoint's name, or the path of one.
+        key: configuration key to name in errors.
+
+    Raises:
+        InputError: if there is no such complete checkpoint.
+    """
+    folder, complete = checkpoints_folder(output_dir), list_checkpoints(output_dir)
+    if name == "latest":
+        if not complete:
+            raise InputError(f"{key}: {folder} holds no complete checkpoint; check output_dir")
+        return complete[-1][1]
+    if name == "best":
+        best = read_best(output_dir)
+        if best is None:
+            raise InputError(f"{key}: {folder / BEST_FILE_NAME} names no checkpoint; use latest, or check output_dir")
+        return folder / best["checkpoint"]
+    for path in (folder / name, Path(name).expanduser()):
+        if (path / STATE_FILE_NAME).is_file():
+            return path
+    names = ", ".join(path.name for _, path in complete) or "none"
+    raise InputError(f"{key}: no complete checkpoint {name!r} in {folder} (there: {names})")
+
+
+def read_state(checkpoint: Path) -> TrainingState:
+    """Reads a checkpoint's training state.
+
+    Raises:
+        InputError: naming the file.
+    """
+    path = checkpoint / STATE_FILE_NAME
+    try:
+        return TrainingState(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read ({first_line(error)}); resume from another checkpoint") from error
+
+
+def read_config(checkpoint: Path) -> Config:
+    """Reads the resolved configuration that a checkpoint was trained with."""
+    return merge_layers([load_layer(checkpoint / CONFIG_FILE_NAME)])
+
+
+def clean_up(output_dir: str | Path) -> None:
+    """Removes what a killed run left half-written or half-deleted."""
+    folder = checkpoints_folder(output_dir)
+    for path in folder.glob(".*-checkpoint-*") if folder.is_dir() else ():
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def partial_folder(output_dir: str | Path, global_step: int) -> Path:
+    """Returns the hidden folder that a checkpoint is written to before it is whole."""
+    return checkpoints_folder(output_dir) / f".partial-checkpoint-{global_step}"
+
+
+def write_checkpoint(
+    partial: Path,
+    state: TrainingState,
+    config: Config,
+    transformer: SD3Transformer2DModel,
+    state_dict: Mapping[str, torch.Tensor],
+    prompt: EmptyPrompt,
+    optimizer: torch.optim.Optimizer | None,
+) -> None:
+    """Writes a checkpoint's files into `partial`, on one process.
+
+    Args:
+        partial: existing folder.
+        state: of the training.
+        config: resolved.
+        transformer: gives the configuration and, without an engine, the optimiser's parameter names.
+        state_dict: whole weights, gathered from the engine.
+        prompt: the empty prompt.
+        optimizer: None if an engine writes its own state.
+    """
+    transformer.save_config(partial / "transformer")
+    save_torch_state_dict(
+        dict(state_dict),
+        partial / "transformer",
+        filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
+        max_shard_size="10GB",
+    )
+    prompt.save_file(partial / PROMPT_FILE_NAME)
+    if optimizer is not None:
+        save_optimizer(optimizer, transformer.named_parameters(), partial / OPTIMIZER_FILE_NAME)
+    (partial / CONFIG_FILE_NAME).write_text(to_yaml(config, comments=False), encoding="utf-8")
+    (partial / STATE_FILE_NAME).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
+
+
+def publish_checkpoint(
+    output_dir: str | Path, global_step: int, limit: int | None, val_iou: float | None = None
+) -> Path:
+    """Renames a whole checkpoint into place, updates `best.json` and removes what exceeds the limit.
+
+    Args:
+        output_dir: of the run.
+        global_step: of the checkpoint.
+        limit: newest checkpoints to keep beside the best; None keeps all.
+        val_iou: set if this checkpoint is the best so far.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    folder = checkpoints_folder(output_dir)
+    final = folder / f"checkpoint-{global_step}"
+    _discard(final)
+    partial_folder(output_dir, global_step).replace(final)
+    if val_iou is not None:
+        partial = folder / f".{BEST_FILE_NAME}.part"
+        content = {"checkpoint": final.name, "iou": val_iou, "global_step": global_step}
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        partial.replace(folder / BEST_FILE_NAME)
+    if limit is not None:
+        best = read_best(output_dir)
+        # Checkpoints beyond this step belong to a run that was resumed from before them; they are not ours to delete.
+        candidates = [path for step, path in list_checkpoints(output_dir) if step <= global_step]
+        for path in candidates[:-limit]:
+            if best is None or path.name != best["checkpoint"]:
+                _discard(path)
+    return final
+
+
+def check_disk_space(output_dir: str | Path, num_parameters: int, limit: int | None) -> None:
+    """Compares the disk that the checkpoints will need with what is free.
+
+    A checkpoint holds fp32 weights and AdamW's two moments: 12 bytes per parameter. Beside the newest `limit` there are
+    the best and the one being written.
+
+    Raises:
+        InputError: if the disk is too small.
+    """
+    checkpoint_bytes = 12 * num_parameters
+    copies = max(1, (limit or 1) + 2 - len(list_checkpoints(output_dir)))
+    free_bytes = shutil.disk_usage(output_dir).free
+    if copies * checkpoint_bytes > free_bytes:
+        raise InputError(
+            f"{output_dir}: {copies} checkpoints of {checkpoint_bytes / 1e9:.1f} GB need "
+            f"{copies * checkpoint_bytes / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB are free; free some, choose another "
+            "output_dir or lower checkpoints_total_limit"
+        )
+
+
+def build_pipeline(
+    config: Config, base: Path, transformer: SD3Transformer2DModel, vae: Any, prompt: EmptyPrompt
+) -> TransparencySegmentationPipeline:
+    """Puts a pipeline together whose defaults are the configuration's."""
+    names = [
+        "objective",
+        "resolution",
+        "threshold",
+        "denoise_steps",
+        "ensemble_size",
+        "weighting_scheme",
+        "logit_mean",
+        "logit_std",
+        "mode_scale",
+    ]
+    settings = {name: getattr(config, name) for name in names}
+    return TransparencySegmentationPipeline(transformer, vae, load_scheduler(base), prompt, **settings)
+
+
+def load_pipeline(checkpoint: Path, dtype: torch.dtype) -> TransparencySegmentationPipeline:
+    """Loads a checkpoint as a pipeline: its transformer and prompt, and the VAE and scheduler of its base.
+
+    Raises:
+        InputError: if the checkpoint or its base cannot be loaded.
+    """
+    config = read_config(checkpoint)
+    base = resolve_base(config.base_model_path, ("vae", "scheduler"))
+    prompt = EmptyPrompt.from_file(checkpoint / PROMPT_FILE_NAME).to(dtype)
+    return build_pipeline(config, base, load_transformer(checkpoint, dtype).eval(), load_vae(base, dtype), prompt)
+
+
+def export(run: Path, out: Path, name: str = "best", data_type: str = "fp32") -> Path:
+    """Turns a checkpoint into a pipeline folder that `TransparencySegmentationPipeline.from_pretrained` loads.
+
+    Args:
+        run: a run's folder, or a checkpoint's.
+        out: folder to write; must not exist or be empty.
+        name: latest, best or a checkpoint's name; ignored if `run` is a checkpoint.
+        data_type: of the exported weights.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        InputError: if the checkpoint is missing or `out` is occupied.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: exists already; choose another folder")
+    if (run / STATE_FILE_NAME).is_file():
+        checkpoint = run
+    else:
+        fallback = "latest" if name == "best" and read_best(run) is None else name
+        checkpoint = find_checkpoint(run, fallback, "RUN")
+    load_pipeline(checkpoint, DTYPES[data_type]).save_pretrained(out, safe_serialization=True)
+    return checkpoint
+
+
+def _discard(path: Path) -> None:
+    """Removes a checkpoint so that a kill leaves either all of it or nothing under its name."""
+    if path.exists():
+        trash = path.with_name(f".trash-{path.name}")
+        shutil.rmtree(trash, ignore_errors=True)
+        path.replace(trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def main() -> None:
+    """Command line: `export RUN OUT`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m utils.checkpoints", description="Turns checkpoints into pipelines."
+    )
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("export", help="write a checkpoint as a pipeline folder")
+    command.add_argument("run", type=Path, help="a run's folder, or a checkpoint's")
+    command.add_argument("out", type=Path, help="folder to write")
+    command.add_argument("--checkpoint", default="best", help="latest, best or a name [default: best, else latest]")
+    command.add_argument("--data_type", choices=sorted(DTYPES), default="fp32", help="precision of the weights")
+    arguments = parser.parse_args()
+    checkpoint = export(arguments.run, arguments.out, arguments.checkpoint, arguments.data_type)
+    print(f"{checkpoint} -> {arguments.out}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,78 @@
+"""How a command ends: exit codes, and one clear line for what went wrong."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_SIGINT = 130
+EXIT_SIGTERM = 143
+
+
+class CommandError(Exception):
+    """Ends a command with a message for its user and an exit code, without a traceback."""
+
+    exit_code = EXIT_FAILED
+
+
+class InputError(CommandError):
+    """Bad input: the message names the file, key or value and the remedy. Exit code 2."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class TrainingDivergedError(CommandError):
+    """The loss stopped being finite. Exit code 1."""
+
+
+class InterruptedRunError(CommandError):
+    """A signal, or the launcher's death, asked the run to leave.
+
+    Args:
+        exit_code: 130 after Ctrl-C, 143 after SIGTERM or when the launcher is gone.
+    """
+
+    def __init__(self, message: str, exit_code: int = EXIT_SIGTERM) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def one_line(error: Exception) -> str:
+    """Returns an error's message as one line.
+
+    A data-loader worker wraps an error's message into its own traceback; the message is the last line of that.
+    """
+    message = str(error).strip()
+    if message.startswith("Caught ") and "Traceback" in message:
+        message = message.splitlines()[-1].split("Error: ", 1)[-1]
+    return " ".join(message.split())
+
+
+def first_line(error: Exception, limit: int = 200) -> str:
+    """Returns the first non-empty line of a foreign error, cut to `limit` characters, to quote inside a message."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:limit]
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Runs a command's `main` and exits the process with its code; known errors become one line on stderr."""
+    try:
+        code = main() or 0
+    except CommandError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr, flush=True)
+        code = EXIT_SIGINT
+    except BrokenPipeError:
+        # The reader of our output (head, less) left: nothing is wrong, but flushing at exit would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Another process may wait in a collective for this one; a normal exit would wait for it in turn.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

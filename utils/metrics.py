@@ -1,0 +1,159 @@
+"""Scores under the per-image protocol, from arrays or from a folder of PNGs.
+
+`python -m utils.metrics FOLDER` scores `NAME_maskq.png`, `NAME_pred.png` and `NAME_maskgt.png` and prints JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from utils.errors import InputError, first_line, run_command
+
+PROTOCOL = (
+    "per_image: binary, at the resolution of the masks; IoU and recall of the quantised mask and MSE of the raw 8-bit "
+    "prediction (3 channels, in [0, 1]) per picture, then the mean over pictures; empty truth with empty mask scores 1"
+)
+DECIMALS = 6
+
+
+@dataclass(frozen=True)
+class PictureScore:
+    """The scores of one picture; `empty_truth` and `empty_mask` say that no pixel is transparent."""
+
+    name: str
+    difficulty: str
+    iou: float
+    recall: float
+    mse: float
+    empty_truth: bool
+    empty_mask: bool
+
+
+def score_picture(
+    prediction: NDArray[np.uint8],
+    mask: NDArray[np.bool_],
+    truth: NDArray[np.bool_],
+    name: str = "",
+    difficulty: str = "",
+) -> PictureScore:
+    """Scores one picture under the per-image protocol of the published end-to-end run.
+
+    IoU = |mask and truth| / |mask or truth| and recall = |mask and truth| / |truth|, where an empty truth scores 1 in
+    both if the mask is empty too and 0 otherwise; MSE = mean over pixels and channels of (prediction / 255 - truth)^2.
+
+    Args:
+        prediction: raw prediction (H, W, 3), uint8.
+        mask: quantised prediction (H, W), bool.
+        truth: ground truth (H, W), bool.
+        name: of the picture.
+        difficulty: of the picture, may be empty.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    if mask.shape != truth.shape or prediction.shape != (*truth.shape, 3):
+        raise ValueError(f"shapes differ: prediction {prediction.shape}, mask {mask.shape}, truth {truth.shape}")
+    true_positives, positives = int((mask & truth).sum()), int(truth.sum())
+    union = int((mask | truth).sum())
+    # In integers until the last division, so that the result does not depend on the order of summation.
+    error = prediction.astype(np.int64) - truth[..., None] * np.int64(255)
+    mse = int((error * error).sum()) / (error.size * 255 * 255)
+    return PictureScore(
+        name=name,
+        difficulty=difficulty,
+        iou=true_positives / union if union else 1.0,
+        recall=true_positives / positives if positives else float(union == 0),
+        mse=mse,
+        empty_truth=positives == 0,
+        empty_mask=not mask.any(),
+    )
+
+
+def summarise(scores: Sequence[PictureScore]) -> dict[str, Any]:
+    """Returns the means over pictures, at the top level for all and under each difficulty that occurs."""
+    summary: dict[str, Any] = {**_means(scores), "protocol": PROTOCOL}
+    for difficulty in sorted({score.difficulty for score in scores} - {""}):
+        summary[difficulty] = _means([score for score in scores if score.difficulty == difficulty])
+    return summary
+
+
+def score_folder(folder: Path) -> list[PictureScore]:
+    """Scores every `NAME_maskq.png` of a folder against `NAME_maskgt.png`, and `NAME_pred.png` for the MSE.
+
+    Difficulties come from `per_image.csv` where the folder has one.
+
+    Raises:
+        InputError: naming the folder or file that is missing, unreadable or of another size.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of predictions")
+    names = sorted(path.name.removesuffix("_maskq.png") for path in folder.glob("*_maskq.png"))
+    if not names:
+        raise InputError(f"{folder}: holds no NAME_maskq.png; give a folder that val_inference.py wrote")
+    difficulties = {}
+    if (folder / "per_image.csv").is_file():
+        with (folder / "per_image.csv").open(newline="", encoding="utf-8") as file:
+            difficulties = {row["name"]: row.get("difficulty") or "" for row in csv.DictReader(file) if row.get("name")}
+    scores = []
+    for name in names:
+        truth = _read(folder / f"{name}_maskgt.png", "L") > 127
+        mask = _read(folder / f"{name}_maskq.png", "L") > 127
+        prediction = _read(folder / f"{name}_pred.png", "RGB")
+        try:
+            scores.append(score_picture(prediction, mask, truth, name, difficulties.get(name, "")))
+        except ValueError as error:
+            raise InputError(f"{folder / name}_*.png: {error}") from error
+    return scores
+
+
+def _means(scores: Sequence[PictureScore]) -> dict[str, Any]:
+    means: dict[str, Any] = {
+        column: round(float(np.mean([asdict(score)[column] for score in scores])), DECIMALS)
+        for column in ("iou", "recall", "mse")
+    }
+    means["num_images"] = len(scores)
+    means["num_empty_truth"] = sum(score.empty_truth for score in scores)
+    means["num_empty_truth_and_mask"] = sum(score.empty_truth and score.empty_mask for score in scores)
+    return means
+
+
+def _read(path: Path, mode: str) -> NDArray[np.uint8]:
+    try:
+        with Image.open(path) as image:
+            return np.array(image.convert(mode))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: missing; each NAME needs _maskq, _pred and _maskgt") from error
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"{path}: cannot be read ({first_line(error)})") from error
+
+
+def main() -> None:
+    """Command line: scores a folder and prints its summary as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder with NAME_maskq.png, NAME_pred.png, NAME_maskgt.png")
+    parser.add_argument("--per_image", action="store_true", help="print name,iou,recall,mse as CSV instead")
+    arguments = parser.parse_args()
+    scores = score_folder(arguments.folder)
+    if arguments.per_image:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(("name", "iou", "recall", "mse"))
+        writer.writerows(
+            (score.name, *(round(v, DECIMALS) for v in (score.iou, score.recall, score.mse))) for score in scores
+        )
+    else:
+        print(json.dumps(summarise(scores), indent=2))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,118 @@
+"""Watches a training: progress bar, history, tracker, and the check that the loss is finite."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from utils.errors import TrainingDivergedError
+from utils.history import History
+
+MAX_NAMES_IN_MESSAGE = 32
+
+
+class TrainingMonitor:
+    """Records updates without making the device wait between logging steps.
+
+    Args:
+        accelerator: of the run.
+        output_dir: of the run.
+        start: updates done before.
+        total: updates in all.
+        samples_per_update: over all processes.
+        log_steps: updates between two rows.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, output_dir: str, start: int, total: int, samples_per_update: int, log_steps: int
+    ) -> None:
+        self.accelerator = accelerator
+        self.samples_per_update = samples_per_update
+        self.log_steps = log_steps
+        self.history = History(Path(output_dir) / "history.csv", start) if accelerator.is_main_process else None
+        self.bar = tqdm(
+            initial=start, total=total, desc="training", unit="update", disable=not accelerator.is_main_process
+        )
+        self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=accelerator.device)
+        self._recent_names: list[str] = []
+        self._losses: dict[str, torch.Tensor] = {}
+        self._timed_step, self._timed_at = start, time.monotonic()
+
+    def record_batch(self, step: int, losses: Mapping[str, torch.Tensor], names: Sequence[str]) -> None:
+        """Adds one batch's named losses, each (B,), to the update `step` that it belongs to."""
+        for name, values in losses.items():
+            mean = values.detach().mean()
+            self._losses[name] = self._losses[name] + mean if name in self._losses else mean
+            bad = (self._first_bad_step < 0) & ~torch.isfinite(mean)
+            self._first_bad_step = torch.where(bad, step, self._first_bad_step)
+        self._recent_names += names
+
+    def finish_update(
+        self, step: int, epoch: float, rate: float, grad_norm: torch.Tensor | None, num_batches: int
+    ) -> None:
+        """Ends update `step`; on a logging step writes its losses, averaged over batches and processes."""
+        self.bar.update(1)
+        losses, self._losses = self._losses, {}
+        if step % self.log_steps and step != self.bar.total:
+            return
+        self.check_finite(step)
+        stacked = torch.stack([losses[name] for name in sorted(losses)]) / num_batches
+        averaged = self.accelerator.reduce(stacked, "mean").tolist()
+        values = dict(zip(sorted(losses), averaged, strict=True))
+        now = time.monotonic()
+        speed = (step - self._timed_step) * self.samples_per_update / max(now - self._timed_at, 1e-9)
+        self._timed_step, self._timed_at = step, now
+        norm = float("nan") if grad_norm is None else float(grad_norm)
+        self._write(step=step, epoch=epoch, lr=rate, grad_norm=norm, samples_per_second=round(speed, 2), **values)
+        self.bar.set_postfix_str(
+            f"loss {values['loss']:.4f}, rate {rate:.2e}, grad norm {norm:.3f}, {speed:.1f} samples/s", refresh=False
+        )
+
+    def record_validation(self, step: int, epoch: float, summary: Mapping[str, float]) -> None:
+        """Writes a validation's scores; the time that it took does not count towards the training's speed."""
+        scores = {f"val_{name}": summary[name] for name in ("iou", "recall", "mse")}
+        self._write(step=step, epoch=epoch, **scores)
+        line = f"step {step}: validation IoU {scores['val_iou']:.4f}, recall {scores['val_recall']:.4f}"
+        self.say(f"{line}, MSE {scores['val_mse']:.4f} on {summary['num_images']} pictures")
+        self._timed_step, self._timed_at = step, time.monotonic()
+
+    def check_finite(self, step: int) -> None:
+        """Reads the on-device flag; called by all processes, when logging and before every save.
+
+        Raises:
+            TrainingDivergedError: naming the first bad update, the files since the last check and what to do.
+        """
+        first = int(self._first_bad_step)
+        found = gather_object([(first, self._recent_names if first >= 0 else [])])
+        self._recent_names = []
+        bad = [(bad_step, names) for bad_step, names in found if bad_step >= 0]
+        if not bad:
+            return
+        names = list(dict.fromkeys(name for _, group in bad for name in group))
+        more = f" and {len(names) - MAX_NAMES_IN_MESSAGE} more" if len(names) > MAX_NAMES_IN_MESSAGE else ""
+        raise TrainingDivergedError(
+            f"the loss was not finite at update {min(bad_step for bad_step, _ in bad)} (noticed at {step}); nothing was saved "
+            f"since. Pictures since the last check: {', '.join(names[:MAX_NAMES_IN_MESSAGE])}{more}. Look at these, lower lr, "
+            "or train in bf16 instead of fp16; then resume with resume_from_checkpoint: latest"
+        )
+
+    def say(self, line: str) -> None:
+        """Prints a line above the progress bar, on the main process."""
+        if self.accelerator.is_main_process:
+            self.bar.write(line)
+
+    def close(self) -> None:
+        """Closes the bar and the tracker."""
+        self.bar.close()
+        self.accelerator.end_training()
+
+    def _write(self, step: int, **values: float) -> None:
+        if self.history is not None:
+            self.history.append(step=step, **values)
+        self.accelerator.log(values, step=step)

@@ -1,0 +1,99 @@
+"""What an inference leaves behind: PNGs written in the background, tables, JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from utils.errors import CommandError
+from utils.metrics import DECIMALS, PictureScore
+
+MAX_PENDING_PICTURES = 64
+
+
+class BackgroundPngWriter:
+    """Writes `NAME_KIND.png` files from a few threads; a context manager that waits for them.
+
+    Args:
+        folder: existing folder that the files go to.
+        num_threads: PNG compression releases the interpreter lock, so threads do.
+
+    Raises:
+        CommandError: on leaving, if a file could not be written.
+    """
+
+    def __init__(self, folder: Path, num_threads: int = 2) -> None:
+        self.folder = folder
+        self._pool = ThreadPoolExecutor(num_threads)
+        self._slots = threading.BoundedSemaphore(MAX_PENDING_PICTURES)
+        self._futures: list[Future[None]] = []
+
+    def __enter__(self) -> BackgroundPngWriter:
+        """Returns itself."""
+        return self
+
+    def __call__(self, name: str, pictures: dict[str, NDArray[np.uint8]]) -> None:
+        """Queues a picture's files; waits only when the disk falls far behind."""
+        self._slots.acquire()
+        self._futures = [future for future in self._futures if not future.done() or future.exception()]
+        self._futures.append(self._pool.submit(self._write, name, pictures))
+
+    def __exit__(self, exception_type: type[BaseException] | None, *details: object) -> None:
+        """Waits for the queue, or drops it after an exception."""
+        self._pool.shutdown(wait=True, cancel_futures=exception_type is not None)
+        if exception_type is None:
+            for future in self._futures:
+                if error := future.exception():
+                    raise CommandError(f"{self.folder}: a prediction could not be written ({error})") from error
+
+    def _write(self, name: str, pictures: dict[str, NDArray[np.uint8]]) -> None:
+        try:
+            for kind, values in pictures.items():
+                Image.fromarray(values).save(self.folder / f"{name}_{kind}.png", compress_level=3)
+        finally:
+            self._slots.release()
+
+
+def write_scores(folder: Path, summary: dict[str, Any], scores: Sequence[PictureScore]) -> None:
+    """Writes `metrics.json` and `per_image.csv`."""
+    (folder / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    with (folder / "per_image.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("name", "difficulty", "iou", "recall", "mse"))
+        for score in scores:
+            values = (round(value, DECIMALS) for value in (score.iou, score.recall, score.mse))
+            writer.writerow((score.name, score.difficulty, *values))
+
+
+def format_table(summary: dict[str, Any], label: str = "mix") -> str:
+    """Returns a table with a row for the whole (called `label`) and one for each difficulty."""
+    rows = [(label, summary)]
+    if label == "mix":
+        rows += [(name, summary[name]) for name in ("easy", "hard") if name in summary]
+    lines = [f"{'':<10} {'IoU':>8} {'recall':>8} {'MSE':>8} {'pictures':>9} {'without glass':>14}"]
+    for name, values in rows:
+        numbers = " ".join(f"{values[column]:>8.4f}" for column in ("iou", "recall", "mse"))
+        lines.append(f"{name:<10} {numbers} {values['num_images']:>9} {values['num_empty_truth']:>14}")
+    return "\n".join(lines)
+
+
+def replace_folder(partial: Path, final: Path) -> None:
+    """Moves a complete folder to its place; an existing one is replaced whole."""
+    if final.exists():
+        old = final.with_name(f".old-{final.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        final.replace(old)
+        partial.replace(final)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        partial.replace(final)

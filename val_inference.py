@@ -1,0 +1,115 @@
+"""Predicts the test split with a checkpoint, scores it and writes the pictures; every key of config.yaml is also a flag."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from dataset.trans10k import LAYOUTS, PairDataset, scan
+from models.base import DTYPES
+from models.pipeline import TransparencySegmentationPipeline
+from models.prompt import EmptyPrompt
+from utils import checkpoints
+from utils.config import Config, parse_config
+from utils.engine import build_accelerator
+from utils.errors import InputError, InterruptedRunError, run_command
+from utils.evaluation import evaluate
+from utils.metrics import summarise
+from utils.report import BackgroundPngWriter, format_table, replace_folder, write_scores
+from utils.signals import StopRequests
+
+
+def check_flags(config: Config, flags: frozenset[str], trained: Config, checkpoint: Path) -> None:
+    """Compares what was given as flags with what the checkpoint was trained with.
+
+    Raises:
+        InputError: if objective, base or prompt contradict.
+    """
+    remedy = f"leave the flag out, or load another checkpoint than {checkpoint}"
+    if "objective" in flags and config.objective != trained.objective:
+        raise InputError(
+            f"--objective {config.objective}: the checkpoint was trained with {trained.objective}; {remedy}"
+        )
+    if "base_model_path" in flags and Path(config.base_model_path).resolve() != Path(trained.base_model_path).resolve():
+        raise InputError(
+            f"--base_model_path {config.base_model_path}: the checkpoint was trained on {trained.base_model_path}; {remedy}"
+        )
+    if "prompt_embeds_path" in flags and config.prompt_embeds_path is not None:
+        given = EmptyPrompt.from_file(Path(config.prompt_embeds_path))
+        stored = EmptyPrompt.from_file(checkpoint / checkpoints.PROMPT_FILE_NAME)
+        if not torch.equal(given.prompt_embeds, stored.prompt_embeds) or not torch.equal(
+            given.pooled_prompt_embeds, stored.pooled_prompt_embeds
+        ):
+            raise InputError(
+                f"--prompt_embeds_path {config.prompt_embeds_path}: not the checkpoint's own prompt; {remedy}"
+            )
+
+
+def main() -> None:
+    """Command line of the inference."""
+    config, flags = parse_config(sys.argv[1:], __doc__ or "")
+    stop = StopRequests()
+    checkpoint = checkpoints.find_checkpoint(config.output_dir, config.load_checkpoint, "load_checkpoint")
+    trained = checkpoints.read_config(checkpoint)
+    check_flags(config, flags, trained, checkpoint)
+    found = scan(
+        config.dataset_name,
+        config.dataset_path,
+        "test",
+        config.test_difficulty,
+        config.mismatched_pairs,
+        config.num_vals_test,
+    )
+    accelerator = build_accelerator(config)
+    stop.share()
+    accelerator.print(found)
+    resolution = config.resolution if "resolution" in flags else trained.resolution
+    with accelerator.local_main_process_first():
+        pipeline: TransparencySegmentationPipeline = checkpoints.load_pipeline(checkpoint, DTYPES[config.data_type])
+    pipeline.to(accelerator.device)
+
+    step = checkpoints.read_state(checkpoint).global_step
+    final = Path(config.output_dir) / "mask_predictions" / f"test_{config.test_difficulty}_{step}"
+    partial = final.with_name(f".partial-{final.name}")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    settings = {name: getattr(config, name) for name in ("threshold", "denoise_steps", "ensemble_size")}
+    try:
+        with BackgroundPngWriter(partial) as write:
+            scores = evaluate(
+                pipeline,
+                PairDataset(found.pairs, LAYOUTS[config.dataset_name].read_label, resolution),
+                accelerator,
+                batch_size=config.test_batch_size,
+                seed=config.seed,
+                num_workers=config.dataloader_num_workers,
+                settings=settings,
+                write=write,
+                poll_stop=stop.poll,
+                description=f"test {config.test_difficulty}",
+            )
+    except InterruptedRunError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        summary = summarise(scores)
+        write_scores(partial, summary, scores)
+        details = {"checkpoint": str(checkpoint), "objective": trained.objective, "resolution": resolution}
+        details |= {"data_type": config.data_type, "seed": config.seed, **settings}
+        (partial / "inference.json").write_text(json.dumps(details, indent=2) + "\n", encoding="utf-8")
+        replace_folder(partial, final)
+        print(format_table(summary, config.test_difficulty))
+        print(f"pictures and scores: {final}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_command(main)
