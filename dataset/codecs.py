@@ -51,8 +51,12 @@ def read_trans10k_label(mask: Image.Image) -> NDArray[np.uint8]:
     Raises:
         ValueError: if another value occurs.
     """
-    channels = np.asarray(mask.convert("RGB"), dtype=np.uint16)
-    sums = channels.sum(axis=2, dtype=np.uint16)
+    channels: NDArray[np.integer]
+    if mask.mode.startswith("I"):  # 16 bits, which the conversion to RGB would clip
+        channels = np.stack([np.asarray(mask, dtype=np.int64)] * 3, axis=2)
+    else:
+        channels = np.asarray(mask.convert("RGB"), dtype=np.uint16)
+    sums = channels.sum(axis=2, dtype=channels.dtype)
     transparent = (sums == 3 * 85) | (sums == 3 * 255)
     odd = ~transparent & (sums != 0)
     if odd.any():

@@ -136,7 +136,7 @@ def compute_empty_prompt(folder: Path) -> EmptyPrompt:
     try:
         encoders = {
             part: CLIPTextModelWithProjection.from_pretrained(
-                folder, subfolder=part, use_safetensors=True, local_files_only=True
+                folder, subfolder=part, dtype=torch.float32, use_safetensors=True, local_files_only=True
             ).eval()
             for part in ("text_encoder", "text_encoder_2")
         }
@@ -188,7 +188,8 @@ def widen_patch_projection(transformer: SD3Transformer2DModel, in_channels: int)
         if old.bias is not None and new.bias is not None:
             new.bias.copy_(old.bias)
     transformer.pos_embed.proj = new
-    transformer.register_to_config(in_channels=in_channels)
+    # An unset out_channels means in_channels, which is not true of the result any more.
+    transformer.register_to_config(in_channels=in_channels, out_channels=transformer.out_channels)
     return transformer
 
 

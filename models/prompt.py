@@ -41,7 +41,8 @@ class EmptyPrompt(ModelMixin, ConfigMixin):
         if (
             prompt_embeds.ndim != 3
             or pooled_prompt_embeds.ndim != 2
-            or len(prompt_embeds) != 1 != len(pooled_prompt_embeds)
+            or len(prompt_embeds) != 1
+            or len(pooled_prompt_embeds) != 1
         ):
             raise ValueError(
                 "expected prompt_embeds (1, L, D) and pooled_prompt_embeds (1, P), got "

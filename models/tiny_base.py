@@ -60,7 +60,8 @@ NUM_PROMPT_TOKENS = 2
 SHIFT = 3.0  # of the scheduler, as in SD3.5
 NUM_VARIANTS = 8  # crops of each picture that the transformer is pretrained on
 KL_WEIGHT = 1e-4
-LATENT_NOISE = 0.15  # of the latents' standard deviation: predicted latents are never exact, so decoding must forgive
+PICTURE_WEIGHT = 4.0  # masks are so easy that they would crowd the pictures out
+LATENT_NOISE = 0.08  # of the latents' standard deviation: predicted latents are never exact, so decoding must forgive
 EMA_DECAY = 0.999
 CROPPED_SHARE = 0.85  # of the VAE's updates
 SAVE_SECONDS = 120.0
@@ -159,7 +160,7 @@ def train_vae(
         labels: (N, H, W), uint8 in {0, 1}; shown to the VAE as black and white pictures.
         folder: of the resumable state.
         steps: updates.
-        batch_size: pictures per update; a quarter as many masks come on top.
+        batch_size: pictures per update; see the code for the share of masks.
         data_type: of the autocast.
         seed: of weights and draws.
     """
@@ -171,7 +172,7 @@ def train_vae(
         full = images.shape[-1]
         # Crops cost a quarter, and all but the attention in the middle is local; the last part sees whole pictures.
         side, count = (full // 2, 4) if step < CROPPED_SHARE * steps else (full, 1)
-        num_images, num_masks = count * batch_size // 2, count * batch_size // 4
+        num_images, num_masks = count * batch_size // 2, count * batch_size // 8
         pixels = _draw(images, num_images, side, generator) / 127.5 - 1
         masks = _draw(labels[:, None], num_masks, side, generator) * 2.0 - 1
         batch = torch.cat([pixels, masks.expand(-1, 3, -1, -1)]).to(_device(), memory_format=torch.channels_last)
@@ -181,10 +182,10 @@ def train_vae(
         decoded = vae.decode(latents + noise * LATENT_NOISE * latents.detach().float().std()).sample.float()
         error = (decoded - batch).abs()
         # Fine detail (refraction, edges) is what the task needs and what a plain pixel error neglects.
-        detail = sum(((decoded - batch).diff(dim=axis)).abs().mean() for axis in (2, 3))
+        detail = sum((decoded - batch)[:num_images].diff(dim=axis).abs().mean() for axis in (2, 3)) * PICTURE_WEIGHT / 2
         # The prior acts on the mode alone: it only keeps the latents' scale from drifting.
         prior = latents.float().square().mean()
-        return error[:num_images].mean() + 2 * error[num_images:].mean() + detail + KL_WEIGHT * prior
+        return PICTURE_WEIGHT * error[:num_images].mean() + error[num_images:].mean() + detail + KL_WEIGHT * prior
 
     vae.load_state_dict(fit(vae, loss_at, steps, 1.5e-3, folder, data_type))
     with torch.no_grad():

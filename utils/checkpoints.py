@@ -265,7 +265,7 @@ def load_pipeline(checkpoint: Path, dtype: torch.dtype) -> TransparencySegmentat
     """
     config = read_config(checkpoint)
     base = resolve_base(config.base_model_path, ("vae", "scheduler"))
-    prompt = EmptyPrompt.from_file(checkpoint / PROMPT_FILE_NAME).to(dtype)
+    prompt = EmptyPrompt.from_file(checkpoint / PROMPT_FILE_NAME)
     return build_pipeline(config, base, load_transformer(checkpoint, dtype).eval(), load_vae(base, dtype), prompt)
 
 

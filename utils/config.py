@@ -79,7 +79,7 @@ class Config:
     dataloader_num_workers: NonNegativeInt = key("data", 4, "loader processes per training process; 0: load in place")
 
     output_dir: str = key("run", "runs/sd35_medium_end_to_end", "folder of the run", path=True)
-    seed: NonNegativeInt = key("run", 42, "seed of every random draw")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = key("run", 42, "seed of every random draw")
     resume_from_checkpoint: str | None = key("run", None, "latest, best or the name of a checkpoint to resume from")
     tracker: Literal["wandb", "tensorboard", "none"] = key("run", "none", "experiment tracker beside history.csv")
     log_steps: PositiveInt = key("run", 10, "updates between two rows of history.csv")
@@ -162,7 +162,7 @@ def parse_config(argv: Sequence[str], description: str = "") -> tuple[Config, fr
     if unknown:
         raise InputError(_unknown_argument(unknown[0]))
     layers = [load_layer(BASE_CONFIG_PATH)] if BASE_CONFIG_PATH.is_file() else []
-    layers += [load_layer(Path(path).expanduser()) for path in namespace.config]
+    layers += [load_layer(Path(_expand_home(path, "--config"))) for path in namespace.config]
     flags = {
         name: convert(name, value, f"--{name}") for name in FIELDS if (value := getattr(namespace, name)) is not None
     }
@@ -258,7 +258,7 @@ def convert(name: str, value: Any, where: str) -> Any:
     if FIELDS[name].metadata["path"] and isinstance(converted, str):
         if not converted.strip():
             raise InputError(f"{where}: is empty, expected a path")
-        return str(Path(converted).expanduser()) if converted.startswith("~") else converted
+        return _expand_home(converted, where)
     return converted
 
 
@@ -274,9 +274,16 @@ def to_yaml(config: Config, comments: bool = True) -> str:
         lines += ["", f"{section}:"]
         for name, field in FIELDS.items():
             if field.metadata["section"] == section:
-                entry = "  " + yaml.safe_dump({name: getattr(config, name)}, width=1000, allow_unicode=True).strip()
+                entry = "  " + yaml.safe_dump({name: getattr(config, name)}, width=sys.maxsize, allow_unicode=True).strip()
                 lines.append(f"{entry:<58}  # {field.metadata['meaning']}" if comments else entry)
     return "\n".join(lines[1:]) + "\n"
+
+
+def _expand_home(path: str, where: str) -> str:
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError as error:
+        raise InputError(f"{where}: {path}: no such user's home folder") from error
 
 
 def _describe(annotation: Any) -> str:

@@ -42,5 +42,5 @@ class History:
 def read_history(path: Path) -> list[dict[str, str]]:
     """Returns the rows of a history, leaving out a last row that a kill cut short."""
     with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader(line for line in file if line.endswith("\n")))
     return [row for row in rows if (row["step"] or "").isdigit() and None not in row.values()]

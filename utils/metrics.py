@@ -102,9 +102,14 @@ def score_folder(folder: Path) -> list[PictureScore]:
     if not names:
         raise InputError(f"{folder}: holds no NAME_maskq.png; give a folder that val_inference.py wrote")
     difficulties = {}
-    if (folder / "per_image.csv").is_file():
-        with (folder / "per_image.csv").open(newline="", encoding="utf-8") as file:
-            difficulties = {row["name"]: row.get("difficulty") or "" for row in csv.DictReader(file) if row.get("name")}
+    table = folder / "per_image.csv"
+    if table.is_file():
+        try:
+            with table.open(newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.DictReader(file) if row.get("name")]
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise InputError(f"{table}: cannot be read ({first_line(error)}); repair or remove it") from error
+        difficulties = {row["name"]: row.get("difficulty") or "" for row in rows}
     scores = []
     for name in names:
         truth = _read(folder / f"{name}_maskgt.png", "L") > 127

@@ -1,0 +1,169 @@
+"""What a plain network does in the same minutes: a small U-Net from scratch, scored like the trainer's checkpoints.
+
+It sees the pictures that a training run sees, in the same order and with the same augmentation, for a fixed time on the
+CPU. Only the weights at the end of that time are scored, once each on the validation and the test split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from dataset.sampling import BatchStream
+from dataset.trans10k import LAYOUTS, PairDataset, collate, scan
+from utils.config import FIELDS, convert
+from utils.errors import InputError, TrainingDivergedError, run_command
+from utils.metrics import score_picture, summarise
+from utils.report import format_table
+
+CHANNELS = (16, 40, 96, 224)  # few where pictures are large and costly, many where they are small
+PEAK_RATE = 2e-3
+CONFIG_FLAGS = {"dataset_name": "trans10k", "resolution": 128, "seed": 0, "augmentation": True, "threshold": 0.5}
+
+
+class UNet(nn.Module):
+    """Levels of two convolutions with `channels` (multiples of 8), halved by max pooling, doubled by nearest neighbour."""
+
+    def __init__(self, channels: Sequence[int] = CHANNELS) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(_block(*pair) for pair in zip((3, *channels[:-1]), channels, strict=True))
+        upwards = zip(channels[:0:-1], channels[-2::-1], strict=True)
+        self.up = nn.ModuleList(_block(below + skip, skip) for below, skip in upwards)
+        self.head = nn.Conv2d(channels[0], 1, 1)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Turns pictures (B, 3, H, W) in [0, 1] into logits of glass (B, H, W), for any H and W of at least 8."""
+        x = (image * 2 - 1).contiguous(memory_format=torch.channels_last)  # the faster layout on CPUs
+        skips = []
+        for level, block in enumerate(self.down):
+            x = block(F.max_pool2d(x, 2) if level else x)  # (B, channels[level], H / 2^level, W / 2^level)
+            skips.append(x)
+        for block, skip in zip(self.up, skips[-2::-1], strict=True):
+            x = block(torch.cat([F.interpolate(x, size=skip.shape[-2:], mode="nearest"), skip], dim=1))
+        return self.head(x).squeeze(1)
+
+
+def segmentation_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Returns binary cross-entropy plus soft Dice, 1 - (2 |p t| + 1) / (|p| + |t| + 1) per picture, both as means.
+
+    Takes logits (B, H, W) and the truth as float32 in {0, 1}, (B, H, W).
+    """
+    soft = logits.sigmoid()
+    overlap, total = (soft * truth).sum(dim=(1, 2)), (soft + truth).sum(dim=(1, 2))
+    dice = 1 - (2 * overlap + 1) / (total + 1)  # the ones let an empty prediction of an empty truth cost nothing
+    return F.binary_cross_entropy_with_logits(logits, truth) + dice.mean()
+
+
+def train(model: UNet, data: PairDataset, minutes: float, batch_size: int, seed: int) -> tuple[int, float]:
+    """Trains with AdamW, the rate a cosine of the share of time gone, and returns pictures seen and minutes used.
+
+    Loading the pictures counts as time; the last update is finished.
+
+    Raises:
+        TrainingDivergedError: if the loss is not finite.
+    """
+    stream = BatchStream(len(data), batch_size, seed, stop=sys.maxsize)
+    batches = iter(DataLoader(data, batch_sampler=stream, collate_fn=collate))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE)
+    pictures_seen, start = 0, time.perf_counter()
+    with tqdm(desc=f"training for {minutes:g} minutes", unit=" pictures", leave=False) as bar:
+        while (share := (time.perf_counter() - start) / 60 / minutes) < 1:
+            optimizer.param_groups[0]["lr"] = PEAK_RATE * (1 + math.cos(math.pi * share)) / 2
+            batch = next(batches)
+            loss = segmentation_loss(model(batch["image"]), batch["label"].float())
+            if not loss.isfinite():
+                raise TrainingDivergedError(f"the loss is {loss.item()} after {pictures_seen} pictures; change --seed")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            pictures_seen += batch_size
+            bar.update(batch_size)
+    return pictures_seen, (time.perf_counter() - start) / 60
+
+
+@torch.inference_mode()
+def score(model: UNet, data: PairDataset, dataset_name: str, threshold: float) -> dict[str, Any]:
+    """Returns the summary of a split under the per-image protocol, at the data's resolution."""
+    scores = []
+    for index, pair in enumerate(data.pairs):
+        sample = data[0, index]
+        soft = model(sample["image"].unsqueeze(0)).sigmoid()  # (1, H, W)
+        mask = LAYOUTS[dataset_name].codec.quantise(soft, threshold)[0].bool().numpy()
+        prediction = (soft * 255).round().to(torch.uint8).expand(3, -1, -1).permute(1, 2, 0).numpy()  # (H, W, 3)
+        scores.append(score_picture(prediction, mask, sample["label"].bool().numpy(), pair.name, pair.difficulty))
+    return summarise(scores)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line: trains, scores, prints the table of the test split and writes the JSON."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parse(arguments)
+    name, data = options.dataset_name, {}
+    for split in ("train", "validation", "test"):
+        seed = options.seed if options.augmentation and split == "train" else None
+        pairs = scan(name, options.data, split).pairs
+        data[split] = PairDataset(pairs, LAYOUTS[name].read_label, options.resolution, augmentation_seed=seed)
+    try:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.open("a").close()  # finds out before the training, and keeps what is there
+    except OSError as error:
+        raise InputError(f"--out: {options.out} cannot be written ({error.strerror}); choose another file") from error
+    torch.manual_seed(options.seed)
+    model = UNet()
+    pictures_seen, minutes = train(model, data["train"], options.minutes, options.batch_size, options.seed)
+    validation, test = (score(model, data[split], name, options.threshold) for split in ("validation", "test"))
+    cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else "")
+    machine = {"cpu": cpu[1] if cpu else "unknown", "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    record = {
+        "command": shlex.join(["python", "-m", "benchmarks.unet", *arguments]),
+        "machine": {**machine, "torch": torch.__version__},
+        "minutes": round(minutes, 3),
+        "pictures_seen": pictures_seen,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "validation": validation,
+        "scores": test,
+    }
+    options.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(f"U-Net, test split, after {pictures_seen} pictures in {minutes:.2f} minutes", format_table(test), sep="\n")
+
+
+def _block(inputs: int, outputs: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for channels in (inputs, outputs):
+        layers += [nn.Conv2d(channels, outputs, 3, padding=1, bias=False), nn.GroupNorm(8, outputs), nn.SiLU()]
+    return nn.Sequential(*layers)
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks.unet", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--data", type=Path, default=Path("assets/glass_sample"), help="the data set's root")
+    parser.add_argument("--minutes", type=float, default=5.0, help="training time; scoring comes on top")
+    parser.add_argument("--batch_size", type=partial(convert, "train_batch_size", where="--batch_size"), default=16)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/unet.json"), help="file for the results")
+    for name, default in CONFIG_FLAGS.items():
+        kind, meaning = partial(convert, name, where=f"--{name}"), FIELDS[name].metadata["meaning"]
+        parser.add_argument(f"--{name}", type=kind, default=default, help=meaning)
+    options = parser.parse_args(arguments)
+    if not 0 < options.minutes < math.inf:
+        raise InputError(f"--minutes: {options.minutes} is not valid, expected a number greater than 0")
+    return options
+
+
+if __name__ == "__main__":
+    run_command(main)

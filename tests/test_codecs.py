@@ -1,0 +1,161 @@
+"""Mask files to labels, labels to pixels and back."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from dataset.codecs import BinaryCodec, read_nonzero_label, read_trans10k_label
+
+
+def through_png(image: Image.Image) -> Image.Image:
+    """Saves as PNG and opens it again, as a mask comes from disk."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return Image.open(buffer)
+
+
+def mask_of(*colours: tuple[int, ...] | int) -> Image.Image:
+    """A mask of one row, a pixel a colour."""
+    return through_png(Image.fromarray(np.array([colours], np.uint8)))
+
+
+# Labels <-> pixels
+
+
+def test_decode_inverts_encode() -> None:
+    codec = BinaryCodec()
+    label = torch.randint(0, 2, (3, 8, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pixels = codec.encode(label)
+    assert pixels.shape == (3, 3, 8, 6)
+    assert pixels.dtype == torch.float32
+    assert torch.equal(codec.decode(pixels), label.float())
+    assert torch.equal(codec.quantise(codec.decode(pixels), 0.5), label)
+
+
+def test_transparent_is_white_and_the_rest_is_black() -> None:
+    pixels = BinaryCodec().encode(torch.tensor([[[0, 1]]], dtype=torch.uint8))
+    assert torch.equal(pixels, torch.tensor([-1.0, 1.0]).expand(1, 3, 1, 2))
+
+
+def test_decode_clamps_each_channel_and_takes_the_mean() -> None:
+    pixels = torch.tensor([-1.0, 0.0, 7.0]).view(1, 3, 1, 1)
+    assert BinaryCodec().decode(pixels).item() == 0.5
+    assert BinaryCodec().decode(torch.full((1, 3, 1, 1), -9.0)).item() == 0.0
+
+
+def test_decode_returns_float32_for_half_precision() -> None:
+    assert BinaryCodec().decode(torch.zeros(1, 3, 2, 2, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_quantise_takes_what_exceeds_the_threshold() -> None:
+    label = BinaryCodec().quantise(torch.tensor([[[0.0, 0.5, 0.51, 1.0]]]), 0.5)
+    assert label.dtype == torch.uint8
+    assert label.tolist() == [[[0, 0, 1, 1]]]
+    assert BinaryCodec().quantise(torch.tensor([[[0.2, 0.4]]]), 0.3).tolist() == [[[0, 1]]]
+
+
+# trans10k masks
+
+
+def test_things_and_stuff_are_both_transparent() -> None:
+    label = read_trans10k_label(mask_of((0, 0, 0), (85, 85, 85), (255, 255, 255)))
+    assert label.dtype == np.uint8
+    assert label.tolist() == [[0, 1, 1]]
+
+
+@pytest.mark.parametrize("colour", [(255, 0, 0), (0, 255, 0), (0, 0, 255), (100, 100, 55)])
+def test_the_mean_over_channels_tells_the_class(colour: tuple[int, int, int]) -> None:
+    assert read_trans10k_label(mask_of(colour, (0, 0, 0))).tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize(
+    "colour", [(1, 0, 0), (84, 85, 85), (86, 85, 85), (255, 255, 254), (128, 128, 128), (85, 85, 84), (255, 255, 0)]
+)
+def test_any_other_mean_is_an_error_that_shows_the_colour(colour: tuple[int, int, int]) -> None:
+    pixels = np.zeros((4, 5, 3), np.uint8)
+    pixels[2, 3] = pixels[3, 0] = colour
+    with pytest.raises(ValueError, match=r"has 2 pixels .* row 2, column 3") as caught:
+        read_trans10k_label(through_png(Image.fromarray(pixels)))
+    assert str(colour) in str(caught.value)
+    assert "dataset_name: folder" in str(caught.value)
+
+
+def test_trans10k_masks_may_be_grey_or_have_a_palette_or_alpha() -> None:
+    assert read_trans10k_label(mask_of(0, 85, 255)).tolist() == [[0, 1, 1]]
+    assert read_trans10k_label(mask_of((0, 0, 0, 255), (255, 255, 255, 0), (85, 85, 85, 9))).tolist() == [[0, 1, 1]]
+    palette = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "L").convert("P")
+    palette.putpalette([0, 0, 0, 85, 85, 85, 255, 0, 0])
+    assert read_trans10k_label(through_png(palette)).tolist() == [[0, 1, 1]]
+    bits = Image.fromarray(np.array([[0, 255]], np.uint8)).convert("1")
+    assert read_trans10k_label(through_png(bits)).tolist() == [[0, 1]]
+
+
+def test_a_trans10k_mask_of_16_bits_is_read_without_clipping() -> None:
+    good = through_png(Image.fromarray(np.array([[0, 85, 255]], np.uint16)))
+    assert read_trans10k_label(good).tolist() == [[0, 1, 1]]
+    with pytest.raises(ValueError, match=r"has 1 pixels .* column 1, is RGB \(1000, 1000, 1000\)"):
+        read_trans10k_label(through_png(Image.fromarray(np.array([[0, 1000]], np.uint16))))
+
+
+# folder masks
+
+
+def check_folder_mask(image: Image.Image, mode: str, expected: list[int]) -> None:
+    mask = through_png(image)
+    assert mask.mode == mode
+    label = read_nonzero_label(mask)
+    assert label.dtype == np.uint8
+    assert label.tolist() == [expected]
+
+
+@pytest.mark.parametrize("value", [1, 2, 85, 255])
+def test_any_non_zero_grey_is_transparent(value: int) -> None:
+    check_folder_mask(Image.fromarray(np.array([[0, value]], np.uint8)), "L", [0, 1])
+
+
+@pytest.mark.parametrize("colour", [(1, 0, 0), (0, 0, 1), (255, 255, 255)])
+def test_any_non_zero_colour_is_transparent(colour: tuple[int, int, int]) -> None:
+    check_folder_mask(Image.fromarray(np.array([[(0, 0, 0), colour]], np.uint8)), "RGB", [0, 1])
+
+
+def test_a_palette_index_stands_for_its_colour() -> None:
+    palette = Image.fromarray(np.array([[0, 1, 2]], np.uint8)).convert("P")
+    palette.putpalette([200, 0, 0, 0, 0, 0, 0, 0, 1])
+    check_folder_mask(palette, "P", [1, 0, 1])
+
+
+def test_a_transparent_palette_colour_counts_by_its_colour() -> None:
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8)).convert("P")
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    palette.info["transparency"] = 1
+    check_folder_mask(palette, "P", [0, 1])
+
+
+@pytest.mark.parametrize("alpha", [0, 255])
+def test_alpha_is_ignored(alpha: int) -> None:
+    check_folder_mask(Image.fromarray(np.array([[(0, 0, 0, alpha), (5, 0, 0, alpha)]], np.uint8)), "RGBA", [0, 1])
+    check_folder_mask(Image.fromarray(np.array([[(0, alpha), (5, alpha)]], np.uint8)), "LA", [0, 1])
+
+
+def test_one_bit_masks_are_read() -> None:
+    check_folder_mask(Image.fromarray(np.array([[0, 255]], np.uint8)).convert("1"), "1", [0, 1])
+
+
+@pytest.mark.parametrize("value", [1, 255, 256, 65535])
+def test_sixteen_bit_masks_are_read(value: int) -> None:
+    check_folder_mask(Image.fromarray(np.array([[0, value]], np.uint16)), "I;16", [0, 1])
+
+
+def test_labels_keep_the_masks_rows_and_columns() -> None:
+    pixels: NDArray[np.uint8] = np.zeros((3, 5, 3), np.uint8)
+    pixels[2, 4] = 255
+    for reader in (read_trans10k_label, read_nonzero_label):
+        label = reader(through_png(Image.fromarray(pixels)))
+        assert label.shape == (3, 5)
+        assert np.argwhere(label).tolist() == [[2, 4]]

@@ -1,0 +1,94 @@
+"""Pixels to latents and back: the mode, the normalisation, the gradient."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from models.latents import LatentCodec
+from tests.conftest import make_vae
+
+
+class FoldingVae:
+    """A lossless stand-in for a VAE: space folded into channels, and a posterior whose sample differs from its mode."""
+
+    def __init__(self, shift_factor: float | None = 0.25) -> None:
+        self.config = SimpleNamespace(scaling_factor=2.0, shift_factor=shift_factor)
+        self.dtype = torch.float32
+
+    def encode(self, pixels: torch.Tensor) -> SimpleNamespace:
+        mode = torch.nn.functional.pixel_unshuffle(pixels, 8)
+        posterior = SimpleNamespace(mode=lambda: mode, sample=lambda: mode + torch.randn_like(mode))
+        return SimpleNamespace(latent_dist=posterior)
+
+    def decode(self, z: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=torch.nn.functional.pixel_shuffle(z, 8))
+
+
+def pixels(batch: int = 2, height: int = 16, width: int = 24) -> torch.Tensor:
+    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def test_decoding_undoes_encoding() -> None:
+    codec = LatentCodec(FoldingVae())
+    torch.testing.assert_close(codec.decode(codec.encode(pixels())), pixels())
+
+
+def test_latents_are_shifted_then_scaled() -> None:
+    latents = LatentCodec(FoldingVae()).encode(torch.full((1, 3, 8, 8), 0.75))
+    assert latents.shape == (1, 192, 1, 1)
+    assert torch.equal(latents, torch.full_like(latents, (0.75 - 0.25) * 2.0))
+
+
+def test_a_vae_without_a_shift_factor_is_only_scaled() -> None:
+    codec = LatentCodec(FoldingVae(shift_factor=None))
+    assert codec.encode(torch.ones(1, 3, 8, 8)).unique().tolist() == [2.0]
+    assert codec.decode(torch.ones(1, 192, 1, 1)).unique().tolist() == [0.5]
+
+
+def test_encoding_takes_the_mode_and_is_deterministic() -> None:
+    vae = make_vae()
+    codec = LatentCodec(vae)
+    torch.manual_seed(1)
+    first = codec.encode(pixels())
+    torch.manual_seed(2)
+    assert torch.equal(codec.encode(pixels()), first)
+    mode = vae.encode(pixels()).latent_dist.mode()
+    torch.testing.assert_close(first, (mode - 0.1) * 1.5)
+    assert first.shape == (2, 16, 2, 3)
+
+
+def test_a_real_vae_decodes_to_pixels_at_eight_times_the_side() -> None:
+    vae, latents = make_vae(), torch.randn(2, 16, 2, 3)
+    decoded = LatentCodec(vae).decode(latents)
+    assert decoded.shape == (2, 3, 16, 24)
+    torch.testing.assert_close(decoded, vae.decode(latents / 1.5 + 0.1).sample)
+
+
+def test_gradients_flow_through_decode_even_of_a_frozen_vae() -> None:
+    codec = LatentCodec(make_vae().requires_grad_(False))
+    latents = torch.randn(1, 16, 2, 2, requires_grad=True)
+    codec.decode(latents).square().mean().backward()
+    assert latents.grad is not None
+    assert latents.grad.isfinite().all()
+    assert latents.grad.abs().sum() > 0
+
+
+def test_encoding_builds_no_graph() -> None:
+    assert not LatentCodec(make_vae()).encode(pixels().requires_grad_()).requires_grad
+
+
+def test_a_half_precision_vae_still_gives_float32() -> None:
+    codec = LatentCodec(make_vae().to(torch.bfloat16))
+    latents = codec.encode(pixels())
+    assert latents.dtype == torch.float32
+    assert codec.decode(latents.to(torch.bfloat16)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (1, 1, 16, 16), (1, 4, 16, 16), (1, 3, 12, 16), (1, 3, 16, 20)])
+def test_pixels_of_another_shape_are_refused_with_their_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\).*multiples of 8") as caught:
+        LatentCodec(FoldingVae()).encode(torch.zeros(shape))
+    assert str(shape) in str(caught.value)
