@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
 from dataset.sampling import BatchStream, resumed_batch
 from dataset.trans10k import LAYOUTS, PairDataset, Scan, collate, prepare_worker, scan
 from models.base import (
     DTYPES,
+    check_prompt,
     load_prompt,
     load_scheduler,
     load_transformer,
@@ -32,7 +34,7 @@ from utils import checkpoints
 from utils.checkpoints import TrainingState
 from utils.config import Config, parse_config, to_yaml
 from utils.engine import build_accelerator, clip_gradients, uses_deepspeed
-from utils.errors import InputError, InterruptedRunError, run_command
+from utils.errors import InputError, InterruptedRunError, first_line, run_command
 from utils.evaluation import evaluate
 from utils.metrics import summarise
 from utils.monitor import TrainingMonitor
@@ -233,6 +235,7 @@ class Trainer:
         if self.resumed and self.transformer.config.in_channels != in_channels:
             trained = checkpoints.read_config(self.resumed).objective
             raise InputError(f"{self.resumed}: was trained with objective: {trained}, not {config.objective}")
+        check_prompt(self.prompt, self.transformer)
         widen_patch_projection(self.transformer, in_channels)
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
@@ -310,8 +313,14 @@ class Trainer:
         elif engine == "deepspeed":
             self.transformer.load_checkpoint(str(self.resumed / checkpoints.ENGINE_FOLDER_NAME), tag="state")
         else:
-            named = self.accelerator.unwrap_model(self.transformer).named_parameters()
-            load_optimizer(self.optimizer.optimizer, named, self.resumed / checkpoints.OPTIMIZER_FILE_NAME)
+            path = self.resumed / checkpoints.OPTIMIZER_FILE_NAME
+            try:
+                named = self.accelerator.unwrap_model(self.transformer).named_parameters()
+                load_optimizer(self.optimizer.optimizer, named, path)
+            except (OSError, SafetensorError, ValueError) as error:
+                raise InputError(
+                    f"{path}: cannot be resumed from ({first_line(error)}); use another checkpoint"
+                ) from error
         if self.accelerator.scaler is not None and state.grad_scaler:
             self.accelerator.scaler.load_state_dict(state.grad_scaler)
 

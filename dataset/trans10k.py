@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -180,11 +181,13 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def prepare_worker(worker: int) -> None:
-    """Sets up a loader process: one thread, and deaf to the signals that ask the trainer to save and leave."""
-    import signal
+    """Sets up a loader process: one thread, and out of reach of the signals that ask the trainer to save and leave.
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    A session of its own keeps Ctrl-C and a SIGTERM to the trainer's group away; a SIGTERM to the process alone, with which
+    the trainer ends its loaders, still ends it.
+    """
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     cv2.setNumThreads(0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -109,16 +110,37 @@ def load_prompt(base_model_path: str, prompt_embeds_path: str | None = None) -> 
     folder = Path(base_model_path).expanduser()
     if (folder / PROMPT_FILE_NAME).is_file():
         return EmptyPrompt.from_file(folder / PROMPT_FILE_NAME)
-    folder = resolve_base(base_model_path, ("transformer", *TEXT_PARTS))
+    try:
+        folder = resolve_base(base_model_path, ("transformer", *TEXT_PARTS))
+    except InputError as error:
+        raise InputError(
+            f"{error}; the empty prompt is computed from these, or read from prompt_embeds_path"
+        ) from error
     cached = _prompt_cache_path(folder)
     if cached.is_file():
         return EmptyPrompt.from_file(cached)
     prompt = compute_empty_prompt(folder)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    partial = cached.with_suffix(f".{os.getpid()}.part")
-    prompt.save_file(partial)
-    partial.replace(cached)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs the next run a few seconds, no more
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        partial = cached.with_suffix(f".{os.getpid()}.part")
+        prompt.save_file(partial)
+        partial.replace(cached)
     return prompt
+
+
+def check_prompt(prompt: EmptyPrompt, transformer: SD3Transformer2DModel) -> None:
+    """Compares the widths of a prompt with what the transformer takes.
+
+    Raises:
+        InputError: if they differ.
+    """
+    needed = tuple(transformer.config[name] for name in ("joint_attention_dim", "pooled_projection_dim"))
+    given = (prompt.prompt_embeds.shape[-1], prompt.pooled_prompt_embeds.shape[-1])
+    if given != needed:
+        raise InputError(
+            f"the empty prompt is {given[0]} and {given[1]} wide, the transformer takes {needed[0]} and {needed[1]}; it "
+            "belongs to another base, check prompt_embeds_path"
+        )
 
 
 def compute_empty_prompt(folder: Path) -> EmptyPrompt:

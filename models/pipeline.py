@@ -130,9 +130,16 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
             raise ValueError(
                 f"expected images (B, 3, H, W) with H and W multiples of {side}, got {tuple(images.shape)}"
             )
-        members = (ensemble_size or self.config.ensemble_size) if self.objective.stochastic else 1
+        threshold = self.config.threshold if threshold is None else threshold
+        steps = self.config.denoise_steps if denoise_steps is None else denoise_steps
+        members = self.config.ensemble_size if ensemble_size is None else ensemble_size
+        if not 0 <= threshold <= 1 or min(steps, members, batch_size) < 1:
+            raise ValueError(
+                f"threshold {threshold} must lie in [0, 1], denoise_steps {steps}, ensemble_size {members} and batch_size "
+                f"{batch_size} be at least 1"
+            )
+        members = members if self.objective.stochastic else 1
         generators = _one_per_picture(generator, len(images))
-        steps = denoise_steps or self.config.denoise_steps
         device = self._execution_device
         predictions, soft, uncertainty = [], [], []
         condition = torch.cat(
@@ -156,7 +163,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         return SegmentationOutput(
             predictions=torch.stack(predictions),
             soft=soft_masks,
-            masks=self.codec.quantise(soft_masks, self.config.threshold if threshold is None else threshold),
+            masks=self.codec.quantise(soft_masks, threshold),
             uncertainty=torch.stack(uncertainty) if self.objective.stochastic else None,
         )
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from dataset.trans10k import LAYOUTS, Pair, scan
 from dataset.transforms import read_image, read_label
 from models import flow
-from models.base import PROMPT_FILE_NAME
+from models.base import PROMPT_FILE_NAME, load_vae
 from models.latents import LatentCodec
 from models.objectives import call_transformer
 from models.prompt import EmptyPrompt
@@ -238,7 +238,8 @@ def pretrain_transformer(
         generator = torch_generator(Stream.TRAINING_NOISE, seed, 1, step)
         clean = latents[torch.randint(len(latents), (batch_size,), generator=generator)].to(_device())
         u = torch.sigmoid(torch.randn(batch_size, generator=generator))
-        sigmas = flow.shift_sigmas(u, SHIFT).view(-1, 1, 1, 1).to(_device())
+        # Not shifted: small latents need less noise, and what is learnt at little noise is what a segmenter can use.
+        sigmas = u.view(-1, 1, 1, 1).to(_device())
         noise = torch.randn(clean.shape, generator=generator).to(_device())
         model_pred = call_transformer(
             transformer, flow.add_noise(clean, noise, sigmas), flow.timesteps_from_sigmas(sigmas), prompt
@@ -295,11 +296,9 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder of the base model; states lie beside it, in OUT.work")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="data sets whose training splits are read")
     parser.add_argument("--resolution", type=int, default=128, help="side of the pictures in pixels [128]")
-    parser.add_argument("--vae_steps", type=int, default=9000, help="updates of the VAE [9000]")
-    parser.add_argument("--transformer_steps", type=int, default=20000, help="updates of the transformer [20000]")
-    parser.add_argument(
-        "--batch_size", type=int, default=16, help="pictures per update of the VAE; the transformer takes 4x"
-    )
+    parser.add_argument("--vae_steps", type=int, default=2300, help="updates of the VAE [2300]")
+    parser.add_argument("--transformer_steps", type=int, default=6500, help="updates of the transformer [6500]")
+    parser.add_argument("--batch_size", type=int, default=8, help="of the VAE; the transformer takes 4x [8]")
     parser.add_argument(
         "--data_type", choices=("fp32", "bf16"), default="bf16", help="precision of the training [bf16]"
     )
@@ -309,19 +308,21 @@ def main() -> None:
     work = arguments.out.with_name(arguments.out.name + ".work")
     images, labels = read_training_set(arguments.data, arguments.resolution)
     print(f"{len(images)} training pairs", flush=True)
-    vae = train_vae(images, labels, work / "vae", arguments.vae_steps, arguments.batch_size, dtype, arguments.seed)
-    print(f"masks survive the VAE with IoU {mask_round_trip_iou(vae, labels):.4f}", flush=True)
-    vae.half().save_pretrained(arguments.out / "vae")
+    if not (arguments.out / "vae").is_dir():
+        vae = train_vae(images, labels, work / "vae", arguments.vae_steps, arguments.batch_size, dtype, arguments.seed)
+        print(f"masks survive the VAE with IoU {mask_round_trip_iou(vae, labels):.4f}", flush=True)
+        # Half precision halves the download; loading casts to the precision that is asked for.
+        vae.half().save_pretrained(arguments.out / "vae")
+    vae = load_vae(arguments.out, torch.float32).to(_device())
     transformer, prompt = pretrain_transformer(
         images,
-        vae.float(),
+        vae,
         work / "transformer",
         arguments.transformer_steps,
         4 * arguments.batch_size,
         dtype,
         arguments.seed,
     )
-    # Half precision halves the download; loading casts to the precision that is asked for.
     transformer.half().save_pretrained(arguments.out / "transformer")
     FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_pretrained(arguments.out / "scheduler")
     prompt.save_file(arguments.out / PROMPT_FILE_NAME)

@@ -18,7 +18,9 @@ DEEPSPEED = "configs/accelerate/deepspeed_cpu.yaml"
 
 @needs_deepspeed
 @pytest.mark.slow
-def test_deepspeed_zero_2_runs_both_scripts_and_resumes(flags: dict[str, object], launch: Launch, tmp_path: Path) -> None:
+def test_deepspeed_zero_2_runs_both_scripts_and_resumes(
+    flags: dict[str, object], launch: Launch, tmp_path: Path
+) -> None:
     flags |= {"max_train_steps": 4, "save_checkpoint_steps": 2, "gradient_accumulation_steps": 2}
     plain, engine = tmp_path / "plain", tmp_path / "engine"
     launch("trainer.py", {**flags, "output_dir": plain}, "configs/accelerate/cpu.yaml")
@@ -40,7 +42,9 @@ def test_deepspeed_zero_2_runs_both_scripts_and_resumes(flags: dict[str, object]
     assert list_checkpoints(engine)[-1][0] == 8
 
 
-def test_processes_that_each_believe_to_be_alone_are_refused(flags: dict[str, object], launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_each_believe_to_be_alone_are_refused(
+    flags: dict[str, object], launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from utils import engine
     from utils.config import parse_config
     from utils.errors import InputError

@@ -20,7 +20,12 @@ from tests.conftest import ROOT, Launch, arguments_of, environment
 from utils.checkpoints import checkpoints_folder, list_checkpoints, read_state
 from utils.history import read_history
 
-ENDLESS = {"max_train_steps": 1_000_000, "save_checkpoint_steps": 1_000_000, "val_steps": "null", "lr_scheduler": "constant"}
+ENDLESS = {
+    "max_train_steps": 1_000_000,
+    "save_checkpoint_steps": 1_000_000,
+    "val_steps": "null",
+    "lr_scheduler": "constant",
+}
 PATIENCE_SECONDS = 120
 
 
@@ -68,13 +73,21 @@ def test_a_signal_saves_and_leaves(
     assert "error: asked to stop; saved update" in output
     assert "Traceback" not in output
     ((step, _),) = list_checkpoints(run)
-    launch("trainer.py", {**flags, "max_train_steps": step + 2, "val_steps": "null", "resume_from_checkpoint": "latest"})
+    launch(
+        "trainer.py", {**flags, "max_train_steps": step + 2, "val_steps": "null", "resume_from_checkpoint": "latest"}
+    )
     assert list_checkpoints(run)[-1][0] == step + 2
 
 
 def test_a_trainer_whose_launcher_died_saves_and_leaves(flags: dict[str, object], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/cpu.yaml")]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "configs/accelerate/cpu.yaml"),
+    ]
     with started([*launcher, *trainer_command({**flags, **ENDLESS})[1:]]) as process:
         wait_for_updates(run, 2, process)
         process.kill()

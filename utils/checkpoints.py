@@ -23,6 +23,7 @@ from huggingface_hub import save_torch_state_dict
 from models.base import (
     DTYPES,
     PROMPT_FILE_NAME,
+    check_prompt,
     load_scheduler,
     load_transformer,
     load_vae,
@@ -266,7 +267,9 @@ def load_pipeline(checkpoint: Path, dtype: torch.dtype) -> TransparencySegmentat
     config = read_config(checkpoint)
     base = resolve_base(config.base_model_path, ("vae", "scheduler"))
     prompt = EmptyPrompt.from_file(checkpoint / PROMPT_FILE_NAME)
-    return build_pipeline(config, base, load_transformer(checkpoint, dtype).eval(), load_vae(base, dtype), prompt)
+    transformer = load_transformer(checkpoint, dtype).eval()
+    check_prompt(prompt, transformer)
+    return build_pipeline(config, base, transformer, load_vae(base, dtype), prompt)
 
 
 def export(run: Path, out: Path, name: str = "best", data_type: str = "fp32") -> Path:

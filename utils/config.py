@@ -274,7 +274,9 @@ def to_yaml(config: Config, comments: bool = True) -> str:
         lines += ["", f"{section}:"]
         for name, field in FIELDS.items():
             if field.metadata["section"] == section:
-                entry = "  " + yaml.safe_dump({name: getattr(config, name)}, width=sys.maxsize, allow_unicode=True).strip()
+                entry = (
+                    "  " + yaml.safe_dump({name: getattr(config, name)}, width=sys.maxsize, allow_unicode=True).strip()
+                )
                 lines.append(f"{entry:<58}  # {field.metadata['meaning']}" if comments else entry)
     return "\n".join(lines[1:]) + "\n"
 

@@ -139,7 +139,7 @@ def _read(path: Path, mode: str) -> NDArray[np.uint8]:
             return np.array(image.convert(mode))
     except FileNotFoundError as error:
         raise InputError(f"{path}: missing; each NAME needs _maskq, _pred and _maskgt") from error
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: cannot be read ({first_line(error)})") from error
 
 

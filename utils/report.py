@@ -1,7 +1,11 @@
-"""What an inference leaves behind: PNGs written in the background, tables, JSON and CSV."""
+"""What an inference leaves behind: PNGs written in the background, tables, JSON and CSV, a contact sheet.
+
+`python -m utils.report FOLDER OUT.png` puts predictions of a folder side by side: picture, truth, raw, quantised.
+"""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import shutil
@@ -15,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from utils.errors import CommandError
+from utils.errors import CommandError, InputError, run_command
 from utils.metrics import DECIMALS, PictureScore
 
 MAX_PENDING_PICTURES = 64
@@ -87,6 +91,24 @@ def format_table(summary: dict[str, Any], label: str = "mix") -> str:
     return "\n".join(lines)
 
 
+def contact_sheet(folder: Path, count: int, columns: int = 2) -> Image.Image:
+    """Puts `count` predictions, spread evenly over a folder, side by side: picture, truth, raw, quantised.
+
+    Raises:
+        InputError: if the folder holds no predictions.
+    """
+    kinds = ("img", "maskgt", "pred", "maskq")
+    names = sorted(path.name.removesuffix("_maskq.png") for path in folder.glob("*_maskq.png"))
+    if not names:
+        raise InputError(f"{folder}: holds no NAME_maskq.png; give a folder that val_inference.py wrote")
+    chosen = [names[position * len(names) // count] for position in range(min(count, len(names)))]
+    tiles = [[np.array(Image.open(folder / f"{name}_{kind}.png").convert("RGB")) for kind in kinds] for name in chosen]
+    strips = [np.pad(np.concatenate(tile, axis=1), ((2, 2), (4, 4), (0, 0)), constant_values=255) for tile in tiles]
+    strips += [np.full_like(strips[0], 255)] * (-len(strips) % columns)
+    rows = [np.concatenate(strips[start : start + columns], axis=1) for start in range(0, len(strips), columns)]
+    return Image.fromarray(np.concatenate(rows))
+
+
 def replace_folder(partial: Path, final: Path) -> None:
     """Moves a complete folder to its place; an existing one is replaced whole."""
     if final.exists():
@@ -97,3 +119,17 @@ def replace_folder(partial: Path, final: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         partial.replace(final)
+
+
+def main() -> None:
+    """Command line: writes a contact sheet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder that val_inference.py wrote")
+    parser.add_argument("out", type=Path, help="PNG to write")
+    parser.add_argument("--count", type=int, default=12, help="pictures, spread evenly over the folder [12]")
+    arguments = parser.parse_args()
+    contact_sheet(arguments.folder, arguments.count).save(arguments.out)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -29,7 +29,10 @@ def load_optimizer(
         ValueError: if a tensor belongs to no parameter or has another shape.
     """
     parameters = dict(named_parameters)
-    for key, value in load_file(path).items():
+    tensors = load_file(path)
+    if tensors and (missing := parameters.keys() - {key.rsplit("/", 1)[0] for key in tensors}):
+        raise ValueError(f"no optimiser state for {len(missing)} parameters, {min(missing)} among them")
+    for key, value in tensors.items():
         name, entry = key.rsplit("/", 1)
         if name not in parameters:
             raise ValueError(f"optimiser state for {name}, which the model does not have")
