@@ -123,9 +123,10 @@ def scan(
         )
     if not pairs:
         raise InputError(f"{root}: every pair of the {split} split differs in size; check the masks")
+    pairs = _with_unique_names(pairs)
     if limit is not None and limit < len(pairs):
         pairs = [pairs[position * len(pairs) // limit] for position in range(limit)]
-    return Scan(split, _with_unique_names(pairs), mismatches)
+    return Scan(split, pairs, mismatches)
 
 
 class PairDataset(Dataset[dict[str, Any]]):

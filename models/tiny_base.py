@@ -131,13 +131,13 @@ def fit(
     return average
 
 
-def read_training_set(roots: list[Path], resolution: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reads all training pictures and masks into memory.
+def read_pairs(roots: list[Path], split: str, resolution: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reads all pictures and masks of a split into memory.
 
     Returns:
         Pictures (N, 3, H, W), uint8, and labels (N, H, W), uint8 in {0, 1}.
     """
-    pairs: list[Pair] = [pair for root in roots for pair in scan("trans10k", root, "train").pairs]
+    pairs: list[Pair] = [pair for root in roots for pair in scan("trans10k", root, split).pairs]
     reader = LAYOUTS["trans10k"].read_label
     images = np.stack([read_image(pair.image_path, resolution) for pair in pairs])
     labels = np.stack([read_label(pair.mask_path, reader, resolution) for pair in pairs])
@@ -303,10 +303,16 @@ def main() -> None:
         "--data_type", choices=("fp32", "bf16"), default="bf16", help="precision of the training [bf16]"
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights and draws [0]")
+    parser.add_argument("--check", action="store_true", help="only score how test masks survive the VAE of OUT")
     arguments = parser.parse_args()
     dtype = torch.bfloat16 if arguments.data_type == "bf16" else torch.float32
     work = arguments.out.with_name(arguments.out.name + ".work")
-    images, labels = read_training_set(arguments.data, arguments.resolution)
+    if arguments.check:
+        _, labels = read_pairs(arguments.data, "test", arguments.resolution)
+        iou = mask_round_trip_iou(load_vae(arguments.out, torch.float32).to(_device()), labels)
+        print(f"{len(labels)} test masks survive the VAE with a mean IoU of {iou:.4f}")
+        return
+    images, labels = read_pairs(arguments.data, "train", arguments.resolution)
     print(f"{len(images)} training pairs", flush=True)
     if not (arguments.out / "vae").is_dir():
         vae = train_vae(images, labels, work / "vae", arguments.vae_steps, arguments.batch_size, dtype, arguments.seed)

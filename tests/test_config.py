@@ -649,3 +649,9 @@ def test_the_last_layer_wins_in_merging() -> None:
     layers: list[dict[str, Any]] = [{"seed": 1, "epochs": 3}, {"max_train_steps": 4}, {"epochs": 5}]
     config = merge_layers(layers)
     assert (config.seed, config.epochs, config.max_train_steps) == (1, 5, None)
+
+
+@pytest.mark.parametrize("value", ["-1e-3", "-0.5", "-2", "-.5E+1"])
+def test_a_negative_number_is_a_value_and_no_flag(value: str) -> None:
+    config, _ = parse_config(["--logit_mean", value])
+    assert config.logit_mean == float(value)

@@ -101,3 +101,37 @@ def test_two_processes_equal_one(flags: dict[str, object], launch: Launch, tmp_p
     alone = (folder / "metrics.json").read_text(), (folder / "per_image.csv").read_text()
     launch("val_inference.py", one, "configs/accelerate/cpu_2_processes.yaml")
     assert alone == ((folder / "metrics.json").read_text(), (folder / "per_image.csv").read_text())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_good_checkpoint(
+    flags: dict[str, object], launch: Launch, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    launch("trainer.py", {**flags, "max_train_steps": 3})
+    broken = {"resume_from_checkpoint": "latest", "lr": 1e30, "lr_warmup_steps": 0, "lr_scheduler": "constant"}
+    done = launch("trainer.py", {**flags, **broken, "max_train_steps": 9, "max_grad_norm": "null"}, check=1)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "the loss was not finite at update" in errors[0]
+    assert "Pictures since the last check" in errors[0]
+    assert "Traceback" not in done.stderr
+    assert names_of(run) == ["checkpoint-3"]
+    done = launch("trainer.py", {**flags, "max_train_steps": 4}, check=2)
+    assert "holds checkpoint-3 of an earlier run" in done.stderr
+
+
+def test_validation_names_the_best_checkpoint_and_keeps_it(
+    flags: dict[str, object], launch: Launch, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    # A rate of next to nothing: the first validation stays the best, ties do not replace it.
+    launch(
+        "trainer.py",
+        {**flags, "lr": 1e-30, "val_steps": 2, "save_checkpoint_steps": 1, "checkpoints_total_limit": 1},
+    )
+    best = json.loads((run / "checkpoints" / "best.json").read_text())
+    assert best["checkpoint"] == "checkpoint-2"
+    assert names_of(run) == ["checkpoint-2", "checkpoint-6"]
+    scores = {int(row["step"]): float(row["val_iou"]) for row in read_history(run / "history.csv") if row["val_iou"]}
+    assert set(scores) == {2, 4, 6}
+    assert best["iou"] == pytest.approx(scores[2], abs=1e-6)

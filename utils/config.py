@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
 import reprlib
 import sys
 from collections.abc import Hashable, Mapping, Sequence
@@ -32,6 +33,8 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 # A duration is given in one unit; setting one key of a pair in a later layer unsets the other.
 EXCLUSIVE_PAIRS = (
@@ -158,7 +161,7 @@ def parse_config(argv: Sequence[str], description: str = "") -> tuple[Config, fr
             epochs and steps given together.
     """
     parser = _build_parser(description)
-    namespace, unknown = parser.parse_known_args(list(argv))
+    namespace, unknown = parser.parse_known_args(_bind_negative_numbers(argv))
     if unknown:
         raise InputError(_unknown_argument(unknown[0]))
     layers = [load_layer(BASE_CONFIG_PATH)] if BASE_CONFIG_PATH.is_file() else []
@@ -355,6 +358,17 @@ def _build_parser(description: str) -> argparse.ArgumentParser:
             bare: dict[str, Any] = {"nargs": "?", "const": "true"} if _TYPES[name] is bool else {}
             group.add_argument(*names, dest=name, metavar="VALUE", default=None, help=help_text, **bare)
     return parser
+
+
+def _bind_negative_numbers(argv: Sequence[str]) -> list[str]:
+    """Turns `--key -1e-3` into `--key=-1e-3`: argparse takes a negative number with an exponent for a flag."""
+    bound: list[str] = []
+    for argument in argv:
+        if bound and bound[-1].startswith("--") and "=" not in bound[-1] and NEGATIVE_NUMBER.fullmatch(argument):
+            bound[-1] = f"{bound[-1]}={argument}"
+        else:
+            bound.append(argument)
+    return bound
 
 
 def _unknown_argument(argument: str) -> str:
