@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-LAUNCH := $(BIN)/accelerate launch --config_file configs/accelerate/cpu.yaml
+LAUNCH := $(BIN)/accelerate launch --quiet --config_file configs/accelerate/cpu.yaml
 RUN := runs/quickstart
 
 .PHONY: quickstart test test-slow lint clean
@@ -34,7 +34,7 @@ clean:
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo "error: $(PYTHON) is not Python 3.11, 3.12 or 3.13; name one with: make PYTHON=python3.12 ..." >&2; exit 2; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 2; }
 
 .venv/main.stamp: requirements.txt | .venv/bin/python
 	$(PIP) -r requirements.txt

@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
+from dataset.codecs import build_codec
 from dataset.sampling import BatchStream, resumed_batch
 from dataset.trans10k import LAYOUTS, PairDataset, Scan, collate, prepare_worker, scan
 from models.base import (
     DTYPES,
     check_prompt,
+    check_resolution,
     load_prompt,
     load_scheduler,
     load_transformer,
@@ -94,17 +96,24 @@ class Trainer:
         )
         batches = iter(self.loader)
         try:
+            if (
+                self.resumed
+                and self._is_due(self.config.val_steps)
+                and not self.monitor.has_validated(self.global_step)
+            ):
+                self._validate()
             while self.global_step < self.total_steps:
                 self._leave_if_asked()
                 self._update(batches)
-                if self._is_due(self.config.val_steps):
-                    self._validate()
                 if self._is_due(self.save_steps) or self.global_step == self.total_steps:
                     self._save()
-            self._leave_if_asked()
+                if self._is_due(self.config.val_steps):
+                    self._validate()
         except InterruptedRunError as error:
             self._save()
-            raise InterruptedRunError(f"{error}; saved update {self.global_step}", error.exit_code) from error
+            self.monitor.close()
+            saved = f"saved update {self.global_step}" if self.global_step else "no update was done"
+            raise InterruptedRunError(f"{error}; {saved}", error.exit_code) from error
         except InputError:
             # A broken file is found on one process only, and saving needs them all.
             if self.accelerator.num_processes == 1:
@@ -129,9 +138,10 @@ class Trainer:
                     grad_norm = clip_gradients(self.accelerator, self.transformer, self.config.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            self.batches_seen += 1
-            self.monitor.record_batch(self.global_step + 1, losses, batch["name"])
+            self.monitor.record_batch(self.global_step + 1, losses, batch["file"])
         self.global_step += 1
+        self.batches_seen += self.config.gradient_accumulation_steps
+        self.monitor.record_norm(self.global_step, grad_norm)
         self.monitor.finish_update(
             self.global_step, self._epoch(), rate, grad_norm, self.config.gradient_accumulation_steps
         )
@@ -166,12 +176,16 @@ class Trainer:
         )
         self.transformer.train()
         summary = summarise(scores)
-        self.monitor.record_validation(self.global_step, self._epoch(), summary)
+        # One process decides: saving is collective, and a shared disk may show each process another state.
         best = checkpoints.read_best(self.config.output_dir)
-        if best is None or summary["iou"] > best["iou"]:
-            self._save(val_iou=summary["iou"])
+        if broadcast_object_list([best is None or summary["iou"] > best["iou"]])[0]:
+            self._save()
+            if self.accelerator.is_main_process:
+                limit = self.config.checkpoints_total_limit
+                checkpoints.mark_best(self.config.output_dir, self.global_step, summary["iou"], limit)
+        self.monitor.record_validation(self.global_step, self._epoch(), summary)
 
-    def _save(self, val_iou: float | None = None) -> None:
+    def _save(self) -> None:
         """Saves a checkpoint of this update, once."""
         if self.saved_step == self.global_step:
             return
@@ -198,7 +212,7 @@ class Trainer:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             checkpoints.publish_checkpoint(
-                self.config.output_dir, self.global_step, self.config.checkpoints_total_limit, val_iou
+                self.config.output_dir, self.global_step, self.config.checkpoints_total_limit
             )
         accelerator.wait_for_everyone()
         self.saved_step = self.global_step
@@ -206,9 +220,17 @@ class Trainer:
     def _find_resumed(self) -> Path | None:
         config = self.config
         if config.resume_from_checkpoint is not None:
-            return checkpoints.find_checkpoint(
+            found = checkpoints.find_checkpoint(
                 config.output_dir, config.resume_from_checkpoint, "resume_from_checkpoint"
             )
+            trained = checkpoints.read_config(found)
+            if trained.objective != config.objective or not checkpoints.same_base(trained, config):
+                raise InputError(
+                    f"{found}: was trained with {trained.objective} on {trained.base_model_path}, not {config.objective} on "
+                    f"{config.base_model_path}; resume with the run's own flags and files (if the base has moved, correct "
+                    f"{found / checkpoints.CONFIG_FILE_NAME})"
+                )
+            return found
         if complete := checkpoints.list_checkpoints(config.output_dir):
             raise InputError(
                 f"{config.output_dir}: holds {complete[-1][1].name} of an earlier run; go on with "
@@ -228,14 +250,12 @@ class Trainer:
             ).to(device)
         self.vae = load_vae(self.base, DTYPES[config.data_type]).to(device)
         self.latent_codec = LatentCodec(self.vae)
-        self.codec = LAYOUTS[config.dataset_name].codec
+        self.codec = build_codec(LAYOUTS[config.dataset_name].codec)
         self.objective = build_objective(config.objective, asdict(config), load_scheduler(self.base).config.shift)
         in_channels = self.objective.in_channels_factor * self.vae.config.latent_channels
         self.transformer = load_transformer(self.resumed or self.base)
-        if self.resumed and self.transformer.config.in_channels != in_channels:
-            trained = checkpoints.read_config(self.resumed).objective
-            raise InputError(f"{self.resumed}: was trained with objective: {trained}, not {config.objective}")
         check_prompt(self.prompt, self.transformer)
+        check_resolution(config.resolution, self.transformer)
         widen_patch_projection(self.transformer, in_channels)
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
@@ -253,6 +273,12 @@ class Trainer:
             self.batches_seen = resumed_batch(
                 state.batches_seen, state.global_batch_size, self.stream.global_batch_size, len(train.pairs)
             )
+            if (state.num_pairs, state.global_batch_size) != (len(train.pairs), self.stream.global_batch_size):
+                accelerator.print(
+                    f"warning: resuming with {len(train.pairs)} pairs and a global batch of {self.stream.global_batch_size}, "
+                    f"the checkpoint had {state.num_pairs} and {state.global_batch_size}: the training goes on at the same "
+                    "share of its epoch, and its length counts updates"
+                )
         self.saved_step = self.global_step
         self.total_steps = config.max_train_steps or self._updates(config.epochs or 0)
         self.save_steps = config.save_checkpoint_steps or self._updates(config.save_checkpoint_epochs or 0) or None
@@ -266,6 +292,7 @@ class Trainer:
             f"{self.stream.batches_per_epoch} batches an epoch, effective batch {effective_batch}, {self.total_steps} updates"
             f" ({self.warmup_steps} warm-up), peak rate {self.peak_rate:.3g}"
             + (f"; resuming {self.resumed} at update {self.global_step}" if self.resumed else "")
+            + ("; nothing is left to train" if self.global_step >= self.total_steps else "")
         )
 
     def _load_data(self, train: Scan, validation: Scan | None) -> None:
@@ -295,8 +322,15 @@ class Trainer:
                 raise InputError(
                     f"{output_dir}: cannot be written ({error.strerror}); choose another output_dir"
                 ) from error
-            num_parameters = sum(parameter.numel() for parameter in self.transformer.parameters())
-            checkpoints.check_disk_space(output_dir, num_parameters, self.config.checkpoints_total_limit)
+            if self.resumed and (aside := checkpoints.set_aside_later(output_dir, self.global_step)):
+                print(f"checkpoints beyond update {self.global_step} are set aside: {', '.join(aside)}")
+            checkpoints.check_disk_space(
+                output_dir,
+                sum(parameter.numel() for parameter in self.transformer.parameters()),
+                self.config.checkpoints_total_limit,
+                num_saves=1 + (self.total_steps - self.global_step) // (self.save_steps or self.total_steps),
+                bytes_per_parameter=20 if uses_deepspeed(self.accelerator) else 12,
+            )
         self.accelerator.wait_for_everyone()
         start_tracker(self.accelerator, self.config)
 
@@ -309,7 +343,10 @@ class Trainer:
             engine == "torch" or state.num_processes == self.accelerator.num_processes
         )
         if not same_shards:
-            self.accelerator.print(f"warning: the optimiser starts fresh, its state was written by {state.engine}")
+            self.accelerator.print(
+                f"warning: the optimiser starts fresh, its state was written by {state.engine} with {state.num_processes} "
+                "processes"
+            )
         elif engine == "deepspeed":
             self.transformer.load_checkpoint(str(self.resumed / checkpoints.ENGINE_FOLDER_NAME), tag="state")
         else:

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from dataset.trans10k import LAYOUTS, PairDataset, scan
-from models.base import DTYPES
+from models.base import DTYPES, check_resolution
 from models.pipeline import TransparencySegmentationPipeline
 from models.prompt import EmptyPrompt
 from utils import checkpoints
 from utils.config import Config, parse_config
 from utils.engine import build_accelerator
-from utils.errors import InputError, InterruptedRunError, run_command
+from utils.errors import InputError, run_command
 from utils.evaluation import evaluate
 from utils.metrics import summarise
 from utils.report import BackgroundPngWriter, format_table, replace_folder, write_scores
@@ -34,7 +34,7 @@ def check_flags(config: Config, flags: frozenset[str], trained: Config, checkpoi
         raise InputError(
             f"--objective {config.objective}: the checkpoint was trained with {trained.objective}; {remedy}"
         )
-    if "base_model_path" in flags and Path(config.base_model_path).resolve() != Path(trained.base_model_path).resolve():
+    if "base_model_path" in flags and not checkpoints.same_base(config, trained):
         raise InputError(
             f"--base_model_path {config.base_model_path}: the checkpoint was trained on {trained.base_model_path}; {remedy}"
         )
@@ -70,6 +70,7 @@ def main() -> None:
     resolution = config.resolution if "resolution" in flags else trained.resolution
     with accelerator.local_main_process_first():
         pipeline: TransparencySegmentationPipeline = checkpoints.load_pipeline(checkpoint, DTYPES[config.data_type])
+    check_resolution(resolution, pipeline.transformer)
     pipeline.to(accelerator.device)
 
     step = checkpoints.read_state(checkpoint).global_step
@@ -77,7 +78,10 @@ def main() -> None:
     partial = final.with_name(f".partial-{final.name}")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        try:
+            partial.mkdir(parents=True)
+        except OSError as error:
+            raise InputError(f"{partial.parent}: cannot be written ({error.strerror}); check output_dir") from error
     accelerator.wait_for_everyone()
     settings = {name: getattr(config, name) for name in ("threshold", "denoise_steps", "ensemble_size")}
     try:
@@ -94,7 +98,7 @@ def main() -> None:
                 poll_stop=stop.poll,
                 description=f"test {config.test_difficulty}",
             )
-    except InterruptedRunError:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     accelerator.wait_for_everyone()

@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from dataset.codecs import build_codec
 from dataset.sampling import BatchStream
 from dataset.trans10k import LAYOUTS, PairDataset, collate, scan
 from utils.config import FIELDS, convert
@@ -104,7 +105,7 @@ def score(model: UNet, data: PairDataset, dataset_name: str, threshold: float) -
     for index, pair in enumerate(data.pairs):
         sample = data[0, index]
         soft = model(sample["image"].unsqueeze(0)).sigmoid()  # (1, H, W)
-        mask = LAYOUTS[dataset_name].codec.quantise(soft, threshold)[0].bool().numpy()
+        mask = build_codec(LAYOUTS[dataset_name].codec).quantise(soft, threshold)[0].bool().numpy()
         prediction = (soft * 255).round().to(torch.uint8).expand(3, -1, -1).permute(1, 2, 0).numpy()  # (H, W, 3)
         scores.append(score_picture(prediction, mask, sample["label"].bool().numpy(), pair.name, pair.difficulty))
     return summarise(scores)

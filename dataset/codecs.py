@@ -42,6 +42,20 @@ class BinaryCodec:
         return (soft > threshold).to(torch.uint8)
 
 
+CODECS: dict[str, type[BinaryCodec]] = {"binary": BinaryCodec}
+
+
+def build_codec(name: str) -> Codec:
+    """Returns the codec of that name.
+
+    Raises:
+        ValueError: naming the valid choices.
+    """
+    if name not in CODECS:
+        raise ValueError(f"unknown codec {name!r}; valid: {', '.join(CODECS)}")
+    return CODECS[name]()
+
+
 def read_trans10k_label(mask: Image.Image) -> NDArray[np.uint8]:
     """Reads a Trans10k v1 mask: the mean over channels is 0 (background), 85 (things) or 255 (stuff).
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from dataset.codecs import BinaryCodec, Codec, LabelReader, read_nonzero_label, read_trans10k_label
+from dataset.codecs import LabelReader, read_nonzero_label, read_trans10k_label
 from dataset.transforms import augment, read_image, read_label
 from utils.errors import InputError, first_line
 from utils.seeding import Stream, numpy_generator
@@ -28,11 +29,11 @@ MAX_NAMES_IN_MESSAGE = 8
 
 @dataclass(frozen=True)
 class Layout:
-    """One kind of data set: its folders, how its mask files are read, and the codec of its labels."""
+    """One kind of data set: its folders, how its mask files are read, and the name of its labels' codec."""
 
     difficulties: tuple[str, ...]
     read_label: LabelReader
-    codec: Codec
+    codec: str
 
     def folders(self, root: Path, split: str, difficulty: str) -> list[tuple[str, Path]]:
         """Returns (difficulty, folder) for each folder that a split is read from."""
@@ -45,8 +46,8 @@ class Layout:
 
 
 LAYOUTS = {
-    "trans10k": Layout(("easy", "hard"), read_trans10k_label, BinaryCodec()),
-    "folder": Layout((), read_nonzero_label, BinaryCodec()),
+    "trans10k": Layout(("easy", "hard"), read_trans10k_label, "binary"),
+    "folder": Layout((), read_nonzero_label, "binary"),
 }
 
 
@@ -58,6 +59,11 @@ class Pair:
     difficulty: str
     image_path: Path
     mask_path: Path
+
+    @property
+    def number(self) -> int:
+        """A number of its own for seeding, whatever else was selected."""
+        return zlib.crc32(f"{self.difficulty}/{self.image_path.stem}".encode())
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,8 @@ class PairDataset(Dataset[dict[str, Any]]):
             key: (epoch, index).
 
         Returns:
-            `image` float32 (3, H, W) in [0, 1]; `label` uint8 (H, W); `name`; `epoch`; `index`.
+            `image` float32 (3, H, W) in [0, 1]; `label` uint8 (H, W); `name`; `file`, the picture's path;
+            `epoch`; `index`.
 
         Raises:
             InputError: naming the file that cannot be read.
@@ -171,7 +178,14 @@ class PairDataset(Dataset[dict[str, Any]]):
             rng = numpy_generator(Stream.AUGMENTATION, self.augmentation_seed, epoch, index)
             image, label = augment(image, label, rng)
         pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous().float() / 255
-        return {"image": pixels, "label": torch.from_numpy(label), "name": pair.name, "epoch": epoch, "index": index}
+        return {
+            "image": pixels,
+            "label": torch.from_numpy(label),
+            "name": pair.name,
+            "file": str(pair.image_path),
+            "epoch": epoch,
+            "index": index,
+        }
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:

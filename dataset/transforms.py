@@ -123,6 +123,6 @@ def _blur(image: NDArray[np.uint8], scale: float, rng: np.random.Generator) -> N
         turn = cv2.getRotationMatrix2D(((side - 1) / 2, (side - 1) / 2), angle, 1)
         kernel = cv2.warpAffine(line, turn, (side, side))
         return np.asarray(cv2.filter2D(image, -1, kernel / kernel.sum(), borderType=cv2.BORDER_REFLECT_101))
-    # OpenCV's own relation between a Gaussian's kernel size and its standard deviation, for fractional sizes.
-    sigma = 0.3 * ((kernel_pixels - 1) * 0.5 - 1) + 0.8
-    return np.asarray(cv2.GaussianBlur(image, (0, 0), max(sigma, 0.1), borderType=cv2.BORDER_REFLECT_101))
+    # OpenCV's own relation between kernel size and standard deviation, taken where the sizes are stated, then scaled.
+    sigma = (0.3 * ((kernel_pixels / scale - 1) * 0.5 - 1) + 0.8) * scale
+    return np.asarray(cv2.GaussianBlur(image, (0, 0), sigma, borderType=cv2.BORDER_REFLECT_101))

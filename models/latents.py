@@ -37,8 +37,9 @@ class LatentCodec:
             raise ValueError(
                 f"expected pixels (B, 3, H, W) with H and W multiples of {DOWNSCALE}, got {tuple(pixels.shape)}"
             )
-        mode = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mode()
-        return (mode.float() - self.shift_factor) * self.scaling_factor
+        pixels = pixels.to(self.vae.dtype, memory_format=torch.channels_last)
+        mode = self.vae.encode(pixels).latent_dist.mode()
+        return (mode.float().contiguous() - self.shift_factor) * self.scaling_factor
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Returns the decoded pixels of `latents / scaling_factor + shift_factor`; gradients flow through.
@@ -50,4 +51,4 @@ class LatentCodec:
             Pixels (B, 3, 8h, 8w), float32, about [-1, 1], not clamped.
         """
         z = latents.float() / self.scaling_factor + self.shift_factor
-        return self.vae.decode(z.to(self.vae.dtype)).sample.float()
+        return self.vae.decode(z.to(self.vae.dtype, memory_format=torch.channels_last)).sample.float().contiguous()

@@ -14,7 +14,7 @@ from diffusers import (
 )
 from diffusers.utils import BaseOutput
 
-from dataset.codecs import BinaryCodec
+from dataset.codecs import build_codec
 from models.latents import DOWNSCALE, LatentCodec
 from models.objectives import build_objective
 from models.prompt import EmptyPrompt
@@ -50,6 +50,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         scheduler: of the base model; only its `shift` is used.
         prompt: the empty prompt that the transformer was trained with.
         objective: a key of `models.objectives.OBJECTIVES`.
+        codec: a key of `dataset.codecs.CODECS`.
         resolution: side in pixels that the transformer was trained at.
         threshold: default for a call.
         denoise_steps: default for a call.
@@ -69,6 +70,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         scheduler: FlowMatchEulerDiscreteScheduler,
         prompt: EmptyPrompt,
         objective: str = "end_to_end",
+        codec: str = "binary",
         resolution: int = 1024,
         threshold: float = 0.5,
         denoise_steps: int = 20,
@@ -88,6 +90,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         }
         self.register_to_config(
             objective=objective,
+            codec=codec,
             resolution=resolution,
             threshold=threshold,
             denoise_steps=denoise_steps,
@@ -96,7 +99,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         )
         self.objective = build_objective(objective, settings, scheduler.config.shift)
         self.latent_codec = LatentCodec(vae)
-        self.codec = BinaryCodec()
+        self.codec = build_codec(codec)
 
     @torch.no_grad()
     def __call__(

@@ -318,7 +318,9 @@ def main() -> None:
         vae = train_vae(images, labels, work / "vae", arguments.vae_steps, arguments.batch_size, dtype, arguments.seed)
         print(f"masks survive the VAE with IoU {mask_round_trip_iou(vae, labels):.4f}", flush=True)
         # Half precision halves the download; loading casts to the precision that is asked for.
-        vae.half().save_pretrained(arguments.out / "vae")
+        vae.half().save_pretrained(work / "vae.part")
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (work / "vae.part").replace(arguments.out / "vae")
     vae = load_vae(arguments.out, torch.float32).to(_device())
     transformer, prompt = pretrain_transformer(
         images,

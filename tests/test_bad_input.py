@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -122,6 +123,34 @@ def test_ctrl_c_ends_a_command_with_130(capsys: pytest.CaptureFixture[str], monk
         run_command(main)
     assert caught.value.code == 130
     assert capsys.readouterr().err == "error: interrupted\n"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("file", [None, "/data/run/checkpoints/x.safetensors"])
+def test_a_full_or_forbidden_disk_is_one_line_and_exit_code_1(
+    number: int, file: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    def main() -> None:
+        raise OSError(number, os.strerror(number), file)
+
+    with pytest.raises(SystemExit) as caught:
+        run_command(main)
+    assert caught.value.code == 1
+    captured = capsys.readouterr()
+    expected = f"error: {file or 'a file'}: cannot be written ({os.strerror(number)})\n"
+    assert (captured.out, captured.err) == ("", expected)
+
+
+@pytest.mark.parametrize("error", [OSError("no number"), FileNotFoundError(errno.ENOENT, "gone"), TimeoutError()])
+def test_another_error_of_the_system_keeps_its_traceback(error: OSError) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        run_command(main)
+    assert caught.value is error
 
 
 def test_an_unknown_error_keeps_its_traceback() -> None:

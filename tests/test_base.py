@@ -18,6 +18,8 @@ import models.base
 from models.base import (
     PROMPT_FILE_NAME,
     TEXT_PARTS,
+    check_prompt,
+    check_resolution,
     load_part,
     load_prompt,
     load_scheduler,
@@ -269,9 +271,45 @@ def test_a_transformer_of_the_right_width_is_returned_as_it_is() -> None:
     assert widen_patch_projection(transformer, 16).pos_embed.proj.weight is weight
 
 
-def test_channels_that_do_not_divide_cannot_be_widened_to() -> None:
-    with pytest.raises(ValueError, match="cannot widen 16 input channels to 24"):
-        widen_patch_projection(make_transformer(), 24)
+@pytest.mark.parametrize(("old", "new"), [(16, 24), (32, 16)])
+def test_channels_that_do_not_divide_cannot_be_widened_to(old: int, new: int) -> None:
+    transformer = make_transformer(in_channels=old)
+    message = message_of(widen_patch_projection, transformer, new)
+    assert f"takes {old} input channels and this objective needs {new}" in message
+    assert "check base_model_path and objective" in message
+    assert transformer.pos_embed.proj.in_channels == old  # left as it was
+
+
+@pytest.mark.parametrize("resolution", [16, 32, 112, 128])
+def test_a_resolution_within_the_table_of_positions_is_taken(resolution: int) -> None:
+    check_resolution(resolution, make_transformer())  # patches of 2 latents of 8 pixels, a table of 8 x 8
+
+
+@pytest.mark.parametrize("resolution", [144, 1024, 8, 24, 120, 129])
+def test_a_resolution_that_does_not_fit_is_told_with_those_that_do(resolution: int) -> None:
+    message = message_of(check_resolution, resolution, make_transformer())
+    assert message.startswith(f"resolution: {resolution} does not fit")
+    assert message.endswith("multiples of 16 up to 128")
+
+
+def test_the_table_of_positions_is_the_transformers_own() -> None:
+    check_resolution(192, make_transformer(pos_embed_max_size=12))
+    check_resolution(120, make_transformer(patch_size=1, pos_embed_max_size=16))
+    assert "multiples of 8 up to 128" in message_of(
+        check_resolution, 136, make_transformer(patch_size=1, pos_embed_max_size=16)
+    )
+
+
+def test_a_prompt_that_fits_the_transformer_is_taken() -> None:
+    check_prompt(make_prompt(), make_transformer())
+
+
+@pytest.mark.parametrize(("width", "pooled"), [(31, 16), (32, 15), (16, 32)])
+def test_a_prompt_of_another_base_is_told_with_both_widths(width: int, pooled: int) -> None:
+    prompt = EmptyPrompt.from_tensors(torch.zeros(1, 3, width), torch.zeros(1, pooled))
+    message = message_of(check_prompt, prompt, make_transformer())
+    assert f"is {width} and {pooled} wide, the transformer takes 32 and 16" in message
+    assert "prompt_embeds_path" in message
 
 
 def test_a_prompt_survives_its_file_bit_for_bit(tmp_path: Path) -> None:

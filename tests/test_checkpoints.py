@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,11 +28,14 @@ from utils.checkpoints import (
     find_checkpoint,
     list_checkpoints,
     load_pipeline,
+    mark_best,
     partial_folder,
     publish_checkpoint,
     read_best,
     read_config,
     read_state,
+    same_base,
+    set_aside_later,
     write_checkpoint,
 )
 from utils.config import Config
@@ -62,9 +66,13 @@ def put_best(run: Path, name: str, iou: float = 0.5) -> None:
     (run / "checkpoints" / BEST_FILE_NAME).write_text(json.dumps(content))
 
 
-def publish(run: Path, step: int, limit: int | None = None, val_iou: float | None = None) -> Path:
+def publish(run: Path, step: int, limit: int | None = None, iou: float | None = None) -> Path:
+    """Publishes a checkpoint and, given an IoU, marks it as the best."""
     put(run, f".partial-checkpoint-{step}")
-    return publish_checkpoint(run, step, limit, val_iou)
+    final = publish_checkpoint(run, step, limit)
+    if iou is not None:
+        mark_best(run, step, iou, limit)
+    return final
 
 
 def names(run: Path) -> list[str]:
@@ -137,7 +145,21 @@ def test_best_is_what_best_json_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [None, "", "{", "[]", "null", '{"checkpoint": "checkpoint-9"}', '{"checkpoint": 9, "iou": "high"}']
+    "content",
+    [
+        None,
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"checkpoint": "checkpoint-9"}',
+        '{"checkpoint": "checkpoint-9", "iou": 0.5}',
+        '{"checkpoint": "checkpoint-9", "global_step": 9}',
+        '{"iou": 0.5, "global_step": 9}',
+        '{"checkpoint": "checkpoint-9", "iou": "high", "global_step": 9}',
+        '{"checkpoint": "checkpoint-9", "iou": 0.5, "global_step": "late"}',
+        '{"checkpoint": 9, "iou": 0.5, "global_step": 9}',
+    ],
 )
 def test_a_missing_or_broken_best_json_names_no_checkpoint(content: str | None, tmp_path: Path) -> None:
     put(tmp_path, "checkpoint-9")
@@ -172,11 +194,11 @@ def test_publishing_again_replaces_the_checkpoint_of_that_step(tmp_path: Path) -
 
 def test_rotation_keeps_the_best_and_the_newest(tmp_path: Path) -> None:
     publish(tmp_path, 8, limit=2)
-    publish(tmp_path, 9, limit=2, val_iou=0.5)
+    publish(tmp_path, 9, limit=2, iou=0.5)
     for step in (10, 11, 12):
         publish(tmp_path, step, limit=2)
     assert names(tmp_path) == [BEST_FILE_NAME, "checkpoint-11", "checkpoint-12", "checkpoint-9"]
-    publish(tmp_path, 13, limit=2, val_iou=0.6)
+    publish(tmp_path, 13, limit=2, iou=0.6)
     assert names(tmp_path) == [BEST_FILE_NAME, "checkpoint-12", "checkpoint-13"]
     best = read_best(tmp_path)
     assert best == {"checkpoint": "checkpoint-13", "iou": 0.6, "global_step": 13}
@@ -188,37 +210,119 @@ def test_without_a_limit_every_checkpoint_is_kept(tmp_path: Path) -> None:
     assert len(list_checkpoints(tmp_path)) == 5
 
 
-def test_rotation_never_touches_later_steps_nor_what_is_no_checkpoint(tmp_path: Path) -> None:
-    for name in ("checkpoint-100", "checkpoint-200", "checkpoint-1", "mine"):
+def test_publishing_does_not_mark_the_best_and_rotation_spares_the_best_that_is_marked(tmp_path: Path) -> None:
+    publish(tmp_path, 1, limit=1)
+    assert names(tmp_path) == ["checkpoint-1"]
+    mark_best(tmp_path, 1, 0.5, limit=1)
+    publish(tmp_path, 2, limit=1)
+    publish(tmp_path, 3, limit=1)
+    assert names(tmp_path) == [BEST_FILE_NAME, "checkpoint-1", "checkpoint-3"]  # until another is marked
+    assert read_best(tmp_path) == {"checkpoint": "checkpoint-1", "iou": 0.5, "global_step": 1}
+
+
+def test_marking_the_best_removes_the_former_best_that_is_none_of_the_newest(tmp_path: Path) -> None:
+    publish(tmp_path, 1, iou=0.5)
+    for step in (2, 3):
+        publish(tmp_path, step, limit=2)
+    mark_best(tmp_path, 2, 0.75, limit=2)
+    assert names(tmp_path) == [BEST_FILE_NAME, "checkpoint-2", "checkpoint-3"]
+    assert json.loads((tmp_path / "checkpoints" / BEST_FILE_NAME).read_text()) == {
+        "checkpoint": "checkpoint-2",
+        "iou": 0.75,
+        "global_step": 2,
+    }
+
+
+def test_marking_the_best_without_a_limit_removes_nothing(tmp_path: Path) -> None:
+    for step in range(1, 4):
+        publish(tmp_path, step, iou=step / 10)
+    assert names(tmp_path) == [BEST_FILE_NAME, "checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert find_checkpoint(tmp_path, "best", KEY).name == "checkpoint-3"
+
+
+def test_rotation_counts_every_checkpoint_in_the_order_of_numbers_and_touches_nothing_else(tmp_path: Path) -> None:
+    for name in ("checkpoint-9", "checkpoint-100", "checkpoint-20", "checkpoint-1", "abandoned-checkpoint-7", "mine"):
         put(tmp_path, name)
     put(tmp_path, "checkpoint-2", complete=False)
-    for step in (3, 4):  # resumed from the first
-        publish(tmp_path, step, limit=1)
-    assert names(tmp_path) == ["checkpoint-100", "checkpoint-2", "checkpoint-200", "checkpoint-4", "mine"]
+    publish(tmp_path, 101, limit=2)
+    assert names(tmp_path) == ["abandoned-checkpoint-7", "checkpoint-100", "checkpoint-101", "checkpoint-2", "mine"]
+
+
+# A run that resumes from an earlier checkpoint
+
+
+def test_checkpoints_beyond_the_resumed_step_are_set_aside(tmp_path: Path) -> None:
+    for step in (3, 6, 9, 12):
+        publish(tmp_path, step, iou=0.9 if step == 6 else None)
+    (tmp_path / "checkpoints" / "checkpoint-12" / "mark").touch()
+    assert set_aside_later(tmp_path, 6) == ["abandoned-checkpoint-9", "abandoned-checkpoint-12"]
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [3, 6]
+    assert find_checkpoint(tmp_path, "latest", KEY).name == "checkpoint-6"
+    assert find_checkpoint(tmp_path, "best", KEY).name == "checkpoint-6"  # of this history
+    aside = find_checkpoint(tmp_path, "abandoned-checkpoint-12", KEY)
+    assert aside == tmp_path / "checkpoints" / "abandoned-checkpoint-12"
+    assert {file.name for file in aside.iterdir()} == {"optimizer.safetensors", STATE_FILE_NAME, "mark"}
+    assert set_aside_later(tmp_path, 6) == []
+
+
+def test_a_best_of_the_abandoned_future_is_forgotten(tmp_path: Path) -> None:
+    publish(tmp_path, 3, iou=0.1)
+    publish(tmp_path, 6, iou=0.9)
+    set_aside_later(tmp_path, 3)
+    assert names(tmp_path) == ["abandoned-checkpoint-6", "checkpoint-3"]
+    publish(tmp_path, 6)  # the new history's
+    assert read_best(tmp_path) is None
+
+
+def test_setting_aside_again_replaces_what_was_set_aside_before(tmp_path: Path) -> None:
+    for mark in ("old", "new"):
+        publish(tmp_path, 3)
+        (publish(tmp_path, 6) / mark).touch()
+        assert set_aside_later(tmp_path, 3) == ["abandoned-checkpoint-6"]
+    files = {file.name for file in (tmp_path / "checkpoints" / "abandoned-checkpoint-6").iterdir()}
+    assert "new" in files
+    assert "old" not in files
+    assert names(tmp_path) == ["abandoned-checkpoint-6", "checkpoint-3"]
+
+
+def test_a_run_without_checkpoints_has_none_to_set_aside(tmp_path: Path) -> None:
+    assert set_aside_later(tmp_path, 0) == []
+
+
+def test_one_base_may_be_written_in_several_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    config = Config(base_model_path=str(tmp_path / "base"))
+    for same in ("base", "./base", "base/", "link", f"{tmp_path}/other/../base"):
+        assert same_base(config, Config(base_model_path=same)), same
+    for other in ("base2", "owner/base", str(tmp_path)):
+        assert not same_base(config, Config(base_model_path=other)), other
+    assert same_base(Config(base_model_path="owner/name"), Config(base_model_path="owner/name"))
+    assert not same_base(Config(base_model_path="owner/name"), Config(base_model_path="owner/name2"))
 
 
 def test_what_a_kill_left_is_cleaned_up_and_nothing_else(tmp_path: Path) -> None:
-    for name in (".partial-checkpoint-5", ".trash-checkpoint-3"):
+    for name in (".partial-checkpoint-5", ".trash-checkpoint-3", ".trash-abandoned-checkpoint-8"):
         put(tmp_path, name, complete=False)
-    put(tmp_path, "checkpoint-4")
+    for name in ("checkpoint-4", "abandoned-checkpoint-9"):
+        put(tmp_path, name)
     put_best(tmp_path, "checkpoint-4")
     clean_up(tmp_path)
-    assert names(tmp_path) == [BEST_FILE_NAME, "checkpoint-4"]
+    assert names(tmp_path) == ["abandoned-checkpoint-9", BEST_FILE_NAME, "checkpoint-4"]
 
 
-@pytest.mark.parametrize("killed_at", range(1, 12))
-def test_a_kill_at_any_moment_of_publishing_leaves_only_complete_checkpoints(
-    killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    publish(tmp_path, 1, val_iou=0.1)
-    publish(tmp_path, 2)
-    put(tmp_path, ".partial-checkpoint-2")
+class KilledError(BaseException):
+    """Stands for a SIGKILL; nothing catches it."""
+
+
+def operations_until_killed(
+    killed_at: int, call: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, bool]:
+    """Ends a call just before its file operation `killed_at`; returns how many it began and whether it was ended."""
     operations = 0
 
-    class KilledError(BaseException):
-        pass
-
-    def count_then(operation: object) -> object:
+    def count_then(operation: Callable[..., object]) -> Callable[..., object]:
         def counted(*arguments: object, **keywords: object) -> object:
             nonlocal operations
             operations += 1
@@ -229,37 +333,113 @@ def test_a_kill_at_any_moment_of_publishing_leaves_only_complete_checkpoints(
         return counted
 
     with monkeypatch.context() as patched:
-        for owner, name in ((Path, "replace"), (os, "unlink"), (os, "rmdir"), (Path, "write_text")):
+        for owner, name in (
+            (Path, "replace"),
+            (Path, "write_text"),
+            (os, "unlink"),  # Path.unlink too
+            (os, "rmdir"),
+        ):
             patched.setattr(owner, name, count_then(getattr(owner, name)))
         try:
-            publish_checkpoint(tmp_path, 2, 1, val_iou=0.9)
+            call()
         except KilledError:
-            assert operations == killed_at
-        else:
-            assert operations < killed_at
+            return operations, True
+    return operations, False
+
+
+PUBLISH_OPERATIONS = 11  # of a checkpoint that replaces another and becomes the best in place of a third
+
+
+@pytest.mark.parametrize("killed_at", range(1, PUBLISH_OPERATIONS + 2))
+def test_a_kill_at_any_moment_of_publishing_leaves_only_complete_checkpoints(
+    killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(tmp_path, 1, iou=0.1)
+    publish(tmp_path, 2)
+    put(tmp_path, ".partial-checkpoint-2")
+
+    def save() -> None:
+        publish_checkpoint(tmp_path, 2, 1)
+        mark_best(tmp_path, 2, 0.9, 1)
+
+    operations, killed = operations_until_killed(killed_at, save, monkeypatch)
+    assert (operations, killed) == (min(killed_at, PUBLISH_OPERATIONS), killed_at <= PUBLISH_OPERATIONS)
     clean_up(tmp_path)
     for _, path in list_checkpoints(tmp_path):
         assert {file.name for file in path.iterdir()} == {"optimizer.safetensors", STATE_FILE_NAME}
     assert find_checkpoint(tmp_path, "latest", KEY).name in ("checkpoint-1", "checkpoint-2")
+    best = read_best(tmp_path)
+    assert best is not None
+    assert (best["checkpoint"], best["iou"], best["global_step"]) in (
+        ("checkpoint-1", 0.1, 1),
+        ("checkpoint-2", 0.9, 2),
+    )
     assert not [name for name in names(tmp_path) if "-checkpoint-" in name]
+    if not killed:
+        assert names(tmp_path) == [BEST_FILE_NAME, "checkpoint-2"]
+
+
+SET_ASIDE_OPERATIONS = 4  # best.json goes and three folders are renamed
+
+
+@pytest.mark.parametrize("killed_at", range(1, SET_ASIDE_OPERATIONS + 2))
+def test_a_kill_at_any_moment_of_setting_aside_leaves_no_best_of_the_abandoned_future(
+    killed_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2, 3, 4):
+        publish(tmp_path, step, iou=step / 10 if step < 4 else None)
+
+    def resume() -> None:
+        set_aside_later(tmp_path, 1)
+
+    operations, killed = operations_until_killed(killed_at, resume, monkeypatch)
+    assert (operations, killed) == (min(killed_at, SET_ASIDE_OPERATIONS), killed_at <= SET_ASIDE_OPERATIONS)
+    clean_up(tmp_path)
+    resume()
+    assert names(tmp_path) == [*(f"abandoned-checkpoint-{step}" for step in (2, 3, 4)), "checkpoint-1"]
+    publish(tmp_path, 3)  # the new history's
+    assert read_best(tmp_path) is None
 
 
 def test_a_full_disk_is_told_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = 4 * 12 * 10**9
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    check_disk_space(tmp_path, 10**9, 2)  # two newest, the best and the one being written just fit
-    message = message_of(check_disk_space, tmp_path, 10**9, 3)
+    check_disk_space(tmp_path, 10**9, 2, 100)  # two newest, the best and the one being written just fit
+    message = message_of(check_disk_space, tmp_path, 10**9, 3, 100)
     assert message.startswith(f"{tmp_path}: 5 checkpoints of 12.0 GB need 60.0 GB, 48.0 GB are free")
     assert "checkpoints_total_limit" in message
+
+
+def test_an_engines_larger_checkpoints_need_more_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=4 * 20 * 10**9))
+    check_disk_space(tmp_path, 10**9, 2, 100, 20)
+    message = message_of(check_disk_space, tmp_path, 1_010_000_000, 2, 100, 20)
+    assert message.startswith(f"{tmp_path}: 4 checkpoints of 20.2 GB need 80.8 GB, 80.0 GB are free")
+
+
+def test_a_short_run_needs_no_space_for_checkpoints_that_it_will_not_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=4 * 12 * 10**9))
+    check_disk_space(tmp_path, 10**9, 50, 2)
+    assert ": 5 checkpoints of 12.0 GB" in message_of(check_disk_space, tmp_path, 10**9, 50, 3)
+
+
+def test_without_a_limit_every_save_needs_its_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=4 * 12 * 10**9))
+    for step in range(1, 10):  # none of these makes place
+        put(tmp_path, f"checkpoint-{step}")
+    check_disk_space(tmp_path, 10**9, None, 3)
+    assert ": 5 checkpoints of 12.0 GB" in message_of(check_disk_space, tmp_path, 10**9, None, 4)
 
 
 def test_checkpoints_on_the_disk_already_need_no_further_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in range(1, 10):
         put(tmp_path, f"checkpoint-{step}")
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=12 * 10**9))
-    check_disk_space(tmp_path, 10**9, 3)
+    check_disk_space(tmp_path, 10**9, 3, 100)
     with pytest.raises(InputError, match=r"1 checkpoints of 12\.1 GB"):
-        check_disk_space(tmp_path, 1_010_000_000, 3)  # the one being written always needs its place
+        check_disk_space(tmp_path, 1_010_000_000, 3, 100)  # the one being written always needs its place
 
 
 def trained(steps: int = 2, in_channels: int = 16) -> tuple[torch.nn.Module, torch.optim.AdamW]:
@@ -384,6 +564,7 @@ def assert_exported(out: Path, checkpoint: Path) -> None:
     config = read_config(checkpoint)
     for name in ("objective", "resolution", "threshold", "denoise_steps", "ensemble_size", "logit_mean"):
         assert loaded.config[name] == getattr(config, name), name
+    assert loaded.config["codec"] == "binary"
     assert loaded.scheduler.config.shift == 3.0
     assert torch.equal(loaded.prompt.prompt_embeds, make_prompt().prompt_embeds)
     state_dict = load_transformer(checkpoint).state_dict()

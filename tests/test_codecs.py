@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from dataset.codecs import BinaryCodec, read_nonzero_label, read_trans10k_label
+from dataset.codecs import CODECS, BinaryCodec, build_codec, read_nonzero_label, read_trans10k_label
 
 
 def through_png(image: Image.Image) -> Image.Image:
@@ -58,6 +58,16 @@ def test_quantise_takes_what_exceeds_the_threshold() -> None:
     assert label.dtype == torch.uint8
     assert label.tolist() == [[[0, 0, 1, 1]]]
     assert BinaryCodec().quantise(torch.tensor([[[0.2, 0.4]]]), 0.3).tolist() == [[[0, 1]]]
+
+
+def test_a_codec_is_built_by_its_name() -> None:
+    assert {name: type(build_codec(name)) for name in CODECS} == {"binary": BinaryCodec}
+
+
+@pytest.mark.parametrize("name", ["", "Binary", "classes"])
+def test_an_unknown_codec_is_refused_with_the_valid_names(name: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown codec '{name}'; valid: binary"):
+        build_codec(name)
 
 
 # trans10k masks

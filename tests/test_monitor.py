@@ -95,7 +95,7 @@ def test_a_bad_loss_is_noticed_at_the_next_check_and_no_earlier(
         update(monitor, 8, 1.0, names=("last",))
     message = str(caught.value)
     assert "not finite at update 6 (noticed at 8)" in message
-    assert "since the last check: before, culprit, after, last." in message
+    assert "since the last check, that update's first: culprit, before, after, last." in message
     assert "4_a" not in message  # checked before
     assert "lower lr" in message
     assert "resume_from_checkpoint: latest" in message
@@ -116,8 +116,62 @@ def test_a_save_between_two_rows_checks_too(make_monitor: MakeMonitor) -> None:
     update(monitor, 1, 1.0)
     monitor.check_finite(1)
     update(monitor, 2, float("nan"), names=("culprit",))
-    with pytest.raises(TrainingDivergedError, match=r"at update 2 \(noticed at 2\).*check: culprit\."):
+    with pytest.raises(TrainingDivergedError, match=r"at update 2 \(noticed at 2\).*first: culprit\."):
         monitor.check_finite(2)
+
+
+def test_the_files_of_the_first_bad_update_survive_the_cut(make_monitor: MakeMonitor) -> None:
+    monitor = make_monitor(log_steps=10)
+    update(monitor, 1, 1.0, names=tuple(f"early{number}" for number in range(MAX_NAMES_IN_MESSAGE)))
+    update(monitor, 2, 1.0, float("nan"), names=("culprit", "companion"))
+    update(monitor, 3, float("nan"), names=("later",))
+    with pytest.raises(TrainingDivergedError) as caught:
+        monitor.check_finite(3)
+    assert "first: culprit, companion, early0, early1," in str(caught.value)
+    assert "and 3 more." in str(caught.value)
+    assert "later" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_bad_gradient_norm_is_noticed_though_the_loss_is_finite(value: float, make_monitor: MakeMonitor) -> None:
+    monitor = make_monitor(log_steps=10)
+    for step in (1, 2, 3):
+        monitor.record_batch(step, {"loss": torch.tensor([1.0, 1.0])}, [f"{step}.jpg"])
+        monitor.record_norm(step, torch.tensor(value if step == 2 else 0.5))
+    with pytest.raises(
+        TrainingDivergedError, match=r"gradient was not finite at update 2 .*first: 2\.jpg, 1\.jpg, 3\."
+    ):
+        monitor.check_finite(3)
+
+
+def test_a_finite_or_absent_gradient_norm_is_no_error(make_monitor: MakeMonitor) -> None:
+    monitor = make_monitor()
+    monitor.record_norm(1, torch.tensor(1e30))
+    monitor.record_norm(2, None)
+    monitor.check_finite(2)
+
+
+def test_the_loss_scaler_of_fp16_may_meet_a_bad_gradient_norm_but_no_bad_loss(
+    make_monitor: MakeMonitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monitor = make_monitor()
+    monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+    monitor.record_norm(1, torch.tensor(float("inf")))
+    monitor.check_finite(1)
+    monitor.record_batch(2, {"loss": torch.tensor([float("nan")])}, ["a"])
+    with pytest.raises(TrainingDivergedError, match="at update 2 "):
+        monitor.check_finite(2)
+
+
+def test_a_validation_is_remembered_as_long_as_the_history_holds_it(make_monitor: MakeMonitor) -> None:
+    first = make_monitor(log_steps=1)
+    assert not first.has_validated(0)
+    for step in range(1, 5):
+        update(first, step, 1.0)
+    first.record_validation(3, 0.5, {"iou": 0.0, "recall": 0.5, "mse": 0.125, "num_images": 7})
+    assert [first.has_validated(step) for step in range(1, 5)] == [False, False, True, False]
+    assert make_monitor(start=3).has_validated(3)
+    assert not make_monitor(start=2).has_validated(3)
 
 
 def test_any_of_the_named_losses_may_be_the_bad_one(make_monitor: MakeMonitor) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.codecs import BinaryCodec, read_nonzero_label, read_trans10k_label
+from dataset.codecs import BinaryCodec, build_codec, read_nonzero_label, read_trans10k_label
 from dataset.trans10k import LAYOUTS, PairDataset, Scan, collate, scan
 from tests.conftest import ROOT, write_pair, write_trans10k
 from utils.errors import InputError
@@ -106,6 +106,22 @@ def test_pairs_are_sorted_whatever_the_order_on_disk(tmp_path: Path) -> None:
 def test_a_limit_is_spread_evenly_over_the_split(limit: int, expected: list[str], trans10k: Path) -> None:
     pairs = scan("trans10k", trans10k, "test", limit=limit).pairs
     assert [f"{pair.difficulty}_{pair.image_path.stem}" for pair in pairs] == expected
+
+
+def test_a_pairs_number_depends_neither_on_the_selection_nor_on_the_place_of_the_data(
+    trans10k: Path, tmp_path: Path
+) -> None:
+    def numbers(root: Path, difficulty: str, **options: Any) -> dict[str, int]:
+        pairs = scan("trans10k", root, "test", difficulty, **options).pairs
+        return {f"{pair.difficulty}/{pair.image_path.stem}": pair.number for pair in pairs}
+
+    whole = numbers(trans10k, "mix")
+    assert len(set(whole.values())) == len(whole) == 10
+    assert numbers(trans10k, "easy") | numbers(trans10k, "hard") == whole
+    assert numbers(trans10k, "mix", limit=4).items() <= whole.items()
+    assert len(numbers(trans10k, "hard", limit=2).items() & whole.items()) == 2
+    assert numbers(Path(shutil.copytree(trans10k, tmp_path / "copy")), "mix") == whole
+    assert whole["easy/0"] == 1539716571  # the same in every process
 
 
 def test_a_command_needs_only_the_split_that_it_reads(tmp_path: Path) -> None:
@@ -419,7 +435,9 @@ def test_an_error_in_a_worker_process_is_one_line_that_names_the_file(tmp_path: 
 def test_the_layouts_read_masks_their_own_way() -> None:
     assert LAYOUTS["trans10k"].read_label is read_trans10k_label
     assert LAYOUTS["folder"].read_label is read_nonzero_label
-    assert all(isinstance(layout.codec, BinaryCodec) for layout in LAYOUTS.values())
+    for layout in LAYOUTS.values():
+        assert layout.codec == "binary"
+        assert isinstance(build_codec(layout.codec), BinaryCodec)
 
 
 def test_collating_stacks_pixels_and_lists_the_rest(trans10k: Path) -> None:
@@ -430,6 +448,7 @@ def test_collating_stacks_pixels_and_lists_the_rest(trans10k: Path) -> None:
     assert batch["label"].shape == (2, 32, 32)
     assert batch["label"].unique().tolist() == [0, 1]
     assert (batch["name"], batch["epoch"], batch["index"]) == (["1", "4"], [2, 2], [1, 4])
+    assert batch["file"] == [str(trans10k / "train" / "images" / f"{number}.jpg") for number in (1, 4)]
 
 
 @pytest.mark.skipif(not PUBLISHED_SAMPLE.is_dir(), reason="the published sample is not at hand")

@@ -274,6 +274,32 @@ def test_blur_is_either_motion_or_gaussian_and_shrinks_with_the_resolution(monke
     assert kinds == {True, False}
 
 
+def test_a_gaussian_blurs_sigma_is_proportional_to_the_resolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    only("BLUR", monkeypatch)
+    sigmas: list[float] = []
+    blur = cv2.GaussianBlur
+
+    def watched(image: Array, size: tuple[int, int], sigma: float, **options: object) -> Array:
+        assert size == (0, 0)  # the kernel follows sigma
+        sigmas.append(sigma)
+        return np.asarray(blur(image, size, sigma, **options), np.uint8)
+
+    monkeypatch.setattr(transforms.cv2, "GaussianBlur", watched)
+    at = {}
+    for resolution in (1024, 512, 64, 16):
+        sigmas.clear()
+        image = picture(resolution, resolution)
+        for seed in range(40):
+            augment(image, image[..., 0], np.random.default_rng(seed))
+        at[resolution] = np.array(sigmas)
+    assert 10 < len(at[1024]) < 30
+    # Kernels of 11 to 31 pixels at 1024, by OpenCV's relation 0.3 * ((pixels - 1) / 2 - 1) + 0.8.
+    assert 2 <= at[1024].min() < 2.6
+    assert 4.4 < at[1024].max() <= 5
+    for resolution in (512, 64, 16):
+        assert at[resolution] == pytest.approx(at[1024] * resolution / 1024)
+
+
 def test_blur_and_noise_all_but_vanish_at_tiny_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     image = picture(32, 32)
     for step, limit in (("BLUR", 3), ("NOISE", 15)):
@@ -340,3 +366,4 @@ def test_a_sample_holds_pixels_between_0_and_1(pairs: list[Pair]) -> None:
     assert 0 <= sample["image"].min() < sample["image"].max() <= 1
     assert sample["image"].max() > 0.5
     assert (sample["name"], sample["epoch"], sample["index"]) == ("1", 4, 1)
+    assert sample["file"] == str(pairs[1].image_path)

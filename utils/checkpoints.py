@@ -17,13 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel
 from huggingface_hub import save_torch_state_dict
 
+from dataset.trans10k import LAYOUTS
 from models.base import (
     DTYPES,
     PROMPT_FILE_NAME,
     check_prompt,
+    check_resolution,
     load_scheduler,
     load_transformer,
     load_vae,
@@ -87,11 +89,11 @@ def read_best(output_dir: str | Path) -> dict[str, Any] | None:
     folder = checkpoints_folder(output_dir)
     try:
         best = json.loads((folder / BEST_FILE_NAME).read_text(encoding="utf-8"))
-        name, iou = best["checkpoint"], float(best["iou"])
+        name, iou, step = best["checkpoint"], float(best["iou"]), int(best["global_step"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     known = {path.name for _, path in list_checkpoints(output_dir)}
-    return {**best, "iou": iou} if name in known else None
+    return {"checkpoint": name, "iou": iou, "global_step": step} if name in known else None
 
 
 def find_checkpoint(output_dir: str | Path, name: str, key: str) -> Path:
@@ -140,10 +142,15 @@ def read_config(checkpoint: Path) -> Config:
     return merge_layers([load_layer(checkpoint / CONFIG_FILE_NAME)])
 
 
+def same_base(first: Config, second: Config) -> bool:
+    """Returns whether two configurations name the same base model, as a hub id or as a folder however written."""
+    return Path(first.base_model_path).resolve() == Path(second.base_model_path).resolve()
+
+
 def clean_up(output_dir: str | Path) -> None:
     """Removes what a killed run left half-written or half-deleted."""
     folder = checkpoints_folder(output_dir)
-    for path in folder.glob(".*-checkpoint-*") if folder.is_dir() else ():
+    for path in folder.glob(".*checkpoint-*") if folder.is_dir() else ():
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -186,50 +193,72 @@ def write_checkpoint(
     (partial / STATE_FILE_NAME).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
 
 
-def publish_checkpoint(
-    output_dir: str | Path, global_step: int, limit: int | None, val_iou: float | None = None
-) -> Path:
-    """Renames a whole checkpoint into place, updates `best.json` and removes what exceeds the limit.
+def publish_checkpoint(output_dir: str | Path, global_step: int, limit: int | None) -> Path:
+    """Renames a whole checkpoint into place and removes what exceeds the limit.
 
     Args:
         output_dir: of the run.
         global_step: of the checkpoint.
         limit: newest checkpoints to keep beside the best; None keeps all.
-        val_iou: set if this checkpoint is the best so far.
 
     Returns:
         The checkpoint's folder.
     """
-    folder = checkpoints_folder(output_dir)
-    final = folder / f"checkpoint-{global_step}"
+    final = checkpoints_folder(output_dir) / f"checkpoint-{global_step}"
     _discard(final)
     partial_folder(output_dir, global_step).replace(final)
-    if val_iou is not None:
-        partial = folder / f".{BEST_FILE_NAME}.part"
-        content = {"checkpoint": final.name, "iou": val_iou, "global_step": global_step}
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / BEST_FILE_NAME)
-    if limit is not None:
-        best = read_best(output_dir)
-        # Checkpoints beyond this step belong to a run that was resumed from before them; they are not ours to delete.
-        candidates = [path for step, path in list_checkpoints(output_dir) if step <= global_step]
-        for path in candidates[:-limit]:
-            if best is None or path.name != best["checkpoint"]:
-                _discard(path)
+    _rotate(output_dir, limit)
     return final
 
 
-def check_disk_space(output_dir: str | Path, num_parameters: int, limit: int | None) -> None:
+def mark_best(output_dir: str | Path, global_step: int, iou: float, limit: int | None) -> None:
+    """Names an existing checkpoint in `best.json` and removes what exceeds the limit, the former best among it."""
+    folder = checkpoints_folder(output_dir)
+    partial = folder / f".{BEST_FILE_NAME}.part"
+    content = {"checkpoint": f"checkpoint-{global_step}", "iou": iou, "global_step": global_step}
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / BEST_FILE_NAME)
+    _rotate(output_dir, limit)
+
+
+def set_aside_later(output_dir: str | Path, global_step: int) -> list[str]:
+    """Renames checkpoints beyond the one that a run resumes from, so that latest and best speak of one history.
+
+    Returns:
+        The new names, `abandoned-checkpoint-N`; they can still be resumed by name.
+    """
+    folder, names = checkpoints_folder(output_dir), []
+    best = read_best(output_dir)
+    # First: a kill between would leave a best.json that comes to name the new history's checkpoint of that step.
+    if best is not None and best["global_step"] > global_step:
+        (folder / BEST_FILE_NAME).unlink()
+    for step, path in list_checkpoints(output_dir):
+        if step > global_step:
+            aside = folder / f"abandoned-{path.name}"
+            _discard(aside)
+            path.replace(aside)
+            names.append(aside.name)
+    return names
+
+
+def check_disk_space(
+    output_dir: str | Path, num_parameters: int, limit: int | None, num_saves: int, bytes_per_parameter: int = 12
+) -> None:
     """Compares the disk that the checkpoints will need with what is free.
 
-    A checkpoint holds fp32 weights and AdamW's two moments: 12 bytes per parameter. Beside the newest `limit` there are
-    the best and the one being written.
+    Args:
+        output_dir: existing folder of the run.
+        num_parameters: of the transformer.
+        limit: newest checkpoints to keep; None keeps all. The best and the one being written come on top.
+        num_saves: checkpoints that the rest of the run will write.
+        bytes_per_parameter: 12 for fp32 weights and AdamW's two moments.
 
     Raises:
         InputError: if the disk is too small.
     """
-    checkpoint_bytes = 12 * num_parameters
-    copies = max(1, (limit or 1) + 2 - len(list_checkpoints(output_dir)))
+    checkpoint_bytes = bytes_per_parameter * num_parameters
+    kept = num_saves if limit is None else min(limit, num_saves) + 1
+    copies = kept + 1 if limit is None else max(1, kept + 1 - len(list_checkpoints(output_dir)))
     free_bytes = shutil.disk_usage(output_dir).free
     if copies * checkpoint_bytes > free_bytes:
         raise InputError(
@@ -240,7 +269,7 @@ def check_disk_space(output_dir: str | Path, num_parameters: int, limit: int | N
 
 
 def build_pipeline(
-    config: Config, base: Path, transformer: SD3Transformer2DModel, vae: Any, prompt: EmptyPrompt
+    config: Config, base: Path, transformer: SD3Transformer2DModel, vae: AutoencoderKL, prompt: EmptyPrompt
 ) -> TransparencySegmentationPipeline:
     """Puts a pipeline together whose defaults are the configuration's."""
     names = [
@@ -255,7 +284,8 @@ def build_pipeline(
         "mode_scale",
     ]
     settings = {name: getattr(config, name) for name in names}
-    return TransparencySegmentationPipeline(transformer, vae, load_scheduler(base), prompt, **settings)
+    codec = LAYOUTS[config.dataset_name].codec
+    return TransparencySegmentationPipeline(transformer, vae, load_scheduler(base), prompt, codec=codec, **settings)
 
 
 def load_pipeline(checkpoint: Path, dtype: torch.dtype) -> TransparencySegmentationPipeline:
@@ -269,6 +299,7 @@ def load_pipeline(checkpoint: Path, dtype: torch.dtype) -> TransparencySegmentat
     prompt = EmptyPrompt.from_file(checkpoint / PROMPT_FILE_NAME)
     transformer = load_transformer(checkpoint, dtype).eval()
     check_prompt(prompt, transformer)
+    check_resolution(config.resolution, transformer)
     return build_pipeline(config, base, transformer, load_vae(base, dtype), prompt)
 
 
@@ -296,6 +327,13 @@ def export(run: Path, out: Path, name: str = "best", data_type: str = "fp32") ->
         checkpoint = find_checkpoint(run, fallback, "RUN")
     load_pipeline(checkpoint, DTYPES[data_type]).save_pretrained(out, safe_serialization=True)
     return checkpoint
+
+
+def _rotate(output_dir: str | Path, limit: int | None) -> None:
+    best = read_best(output_dir)
+    for _, path in list_checkpoints(output_dir)[: -limit if limit else 0]:
+        if best is None or path.name != best["checkpoint"]:
+            _discard(path)
 
 
 def _discard(path: Path) -> None:

@@ -114,7 +114,7 @@ class Config:
     )
     logit_mean: float = key("diffusion", 0.0, "logit_normal: mean before the sigmoid; positive means more noise")
     logit_std: PositiveFloat = key("diffusion", 1.0, "logit_normal: standard deviation before the sigmoid")
-    mode_scale: float = key("diffusion", 1.29, "mode: scale of the density's peak")
+    mode_scale: Annotated[float, Field(ge=-1, le=1.75)] = key("diffusion", 1.29, "mode: scale of the density's peak")
     denoise_steps: PositiveInt = key("diffusion", 20, "Euler steps from noise to mask at inference")
     ensemble_size: PositiveInt = key("diffusion", 5, "predictions from different noise that vote at inference")
 

@@ -18,6 +18,12 @@ from accelerate.utils import (
 from utils.config import Config
 from utils.errors import InputError
 
+TESTED_ENGINES = (
+    DistributedType.NO,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_CPU,
+    DistributedType.DEEPSPEED,
+)
 MIXED_PRECISION = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}
 
 
@@ -33,7 +39,7 @@ def build_accelerator(config: Config, trackers: list[str] | None = None) -> Acce
             believes to be the only one.
     """
     uses_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1")
-    has_cuda = torch.cuda.is_available()
+    has_cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1")
     if config.data_type == "fp16" and not has_cuda:
         raise InputError("data_type: fp16 needs a GPU; use bf16 or fp32 on this machine")
     accelerator = Accelerator(
@@ -57,6 +63,11 @@ def build_accelerator(config: Config, trackers: list[str] | None = None) -> Acce
             f"{asked} processes were launched but each sees {accelerator.num_processes} (DeepSpeed on CPUs does this, or "
             "a launch file without use_cpu): they would train apart and overwrite each other. Launch one process, or use "
             "configs/accelerate/cpu_2_processes.yaml"
+        )
+    if accelerator.distributed_type not in TESTED_ENGINES:
+        raise InputError(
+            f"the launch file asks for {accelerator.distributed_type.value}; this version trains with one process, "
+            "MULTI_GPU (DDP) or DEEPSPEED"
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         engine = accelerator.state.deepspeed_plugin.deepspeed_config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -10,6 +11,8 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_SIGINT = 130
 EXIT_SIGTERM = 143
+
+FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class CommandError(Exception):
@@ -70,6 +73,11 @@ def run_command(main: Callable[[], int | None]) -> None:
         # The reader of our output (head, less) left: nothing is wrong, but flushing at exit would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:
+        if error.errno not in FULL_OR_FORBIDDEN:
+            raise
+        print(f"error: {error.filename or 'a file'}: cannot be written ({error.strerror})", file=sys.stderr, flush=True)
+        code = EXIT_FAILED
     if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Another process may wait in a collective for this one; a normal exit would wait for it in turn.
         sys.stdout.flush()

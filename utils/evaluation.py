@@ -38,7 +38,7 @@ def evaluate(
     """Predicts and scores every picture of a data set.
 
     Batches are cut the same way for any number of processes and dealt out in turn, and each picture's noise is seeded
-    by its index, so that the scores do not depend on the number of processes.
+    by its name, so that the scores depend neither on the number of processes nor on which other pictures are scored.
 
     Args:
         pipeline: on the process's device.
@@ -79,7 +79,9 @@ def evaluate(
     ):
         if code := poll_stop():
             raise InterruptedRunError("stopped while scoring", code)
-        generators = [torch_generator(Stream.INFERENCE_NOISE, seed, index) for index in batch["index"]]
+        generators = [
+            torch_generator(Stream.INFERENCE_NOISE, seed, dataset.pairs[index].number) for index in batch["index"]
+        ]
         output = pipeline(batch["image"], generator=generators, batch_size=batch_size, **(settings or {}))
         if number >= len(batches):
             continue

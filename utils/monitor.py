@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from utils.errors import TrainingDivergedError
-from utils.history import History
+from utils.history import History, read_history
 
 MAX_NAMES_IN_MESSAGE = 32
 
@@ -40,18 +40,23 @@ class TrainingMonitor:
             initial=start, total=total, desc="training", unit="update", disable=not accelerator.is_main_process
         )
         self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=accelerator.device)
-        self._recent_names: list[str] = []
+        self._recent_files: list[tuple[int, str]] = []
         self._losses: dict[str, torch.Tensor] = {}
         self._timed_step, self._timed_at = start, time.monotonic()
 
-    def record_batch(self, step: int, losses: Mapping[str, torch.Tensor], names: Sequence[str]) -> None:
+    def record_batch(self, step: int, losses: Mapping[str, torch.Tensor], files: Sequence[str]) -> None:
         """Adds one batch's named losses, each (B,), to the update `step` that it belongs to."""
         for name, values in losses.items():
             mean = values.detach().mean()
             self._losses[name] = self._losses[name] + mean if name in self._losses else mean
-            bad = (self._first_bad_step < 0) & ~torch.isfinite(mean)
-            self._first_bad_step = torch.where(bad, step, self._first_bad_step)
-        self._recent_names += names
+            self._flag(step, mean)
+        self._recent_files += [(step, file) for file in files]
+
+    def record_norm(self, step: int, grad_norm: torch.Tensor | None) -> None:
+        """Adds the gradient norm of update `step`: a finite loss may have a gradient that is not."""
+        # A loss scaler (fp16) meets such gradients as a matter of course and skips their update.
+        if grad_norm is not None and self.accelerator.mixed_precision != "fp16":
+            self._flag(step, grad_norm.to(self._first_bad_step.device))
 
     def finish_update(
         self, step: int, epoch: float, rate: float, grad_norm: torch.Tensor | None, num_batches: int
@@ -82,6 +87,13 @@ class TrainingMonitor:
         self.say(f"{line}, MSE {scores['val_mse']:.4f} on {summary['num_images']} pictures")
         self._timed_step, self._timed_at = step, time.monotonic()
 
+    def has_validated(self, step: int) -> bool:
+        """Returns whether the history holds a validation of that update; the main process's answer counts."""
+        found = self.history is not None and any(
+            row["step"] == str(step) and row["val_iou"] for row in read_history(self.history.path)
+        )
+        return bool(broadcast_object_list([found])[0])
+
     def check_finite(self, step: int) -> None:
         """Reads the on-device flag; called by all processes, when logging and before every save.
 
@@ -89,16 +101,18 @@ class TrainingMonitor:
             TrainingDivergedError: naming the first bad update, the files since the last check and what to do.
         """
         first = int(self._first_bad_step)
-        found = gather_object([(first, self._recent_names if first >= 0 else [])])
-        self._recent_names = []
-        bad = [(bad_step, names) for bad_step, names in found if bad_step >= 0]
-        if not bad:
+        found = gather_object([(first, self._recent_files if first >= 0 else [])])
+        self._recent_files = []
+        bad_steps = [bad_step for bad_step, _ in found if bad_step >= 0]
+        if not bad_steps:
             return
-        names = list(dict.fromkeys(name for _, group in bad for name in group))
+        recent = [entry for _, group in found for entry in group]
+        recent.sort(key=lambda entry: entry[0] != min(bad_steps))  # those of the first bad update come first
+        names = list(dict.fromkeys(file for _, file in recent))
         more = f" and {len(names) - MAX_NAMES_IN_MESSAGE} more" if len(names) > MAX_NAMES_IN_MESSAGE else ""
         raise TrainingDivergedError(
-            f"the loss was not finite at update {min(bad_step for bad_step, _ in bad)} (noticed at {step}); nothing was saved "
-            f"since. Pictures since the last check: {', '.join(names[:MAX_NAMES_IN_MESSAGE])}{more}. Look at these, lower lr, "
+            f"the loss or its gradient was not finite at update {min(bad_steps)} (noticed at {step}); nothing was saved since. "
+            f"Pictures since the last check, that update's first: {', '.join(names[:MAX_NAMES_IN_MESSAGE])}{more}. Look at these, lower lr, "
             "or train in bf16 instead of fp16; then resume with resume_from_checkpoint: latest"
         )
 
@@ -111,6 +125,10 @@ class TrainingMonitor:
         """Closes the bar and the tracker."""
         self.bar.close()
         self.accelerator.end_training()
+
+    def _flag(self, step: int, value: torch.Tensor) -> None:
+        bad = (self._first_bad_step < 0) & ~torch.isfinite(value)
+        self._first_bad_step = torch.where(bad, step, self._first_bad_step)
 
     def _write(self, step: int, **values: float) -> None:
         if self.history is not None:

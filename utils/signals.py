@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -12,17 +14,22 @@ from utils.errors import EXIT_SIGINT, EXIT_SIGTERM
 
 # Environment variables that `accelerate launch` and torchrun give their children.
 LAUNCHER_VARIABLES = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
+PATIENCE_SECONDS = 3.0
 
 
 class StopRequests:
     """Notices SIGTERM, Ctrl-C and the death of the launcher; make it early, before heavy imports matter.
 
-    The first signal only sets a flag; a second one ends the process at once.
+    The first signal only sets a flag; one that comes seconds later ends the process at once. (A launcher passes on the
+    Ctrl-C that the terminal has already given to all.)
     """
 
     def __init__(self) -> None:
         self.exit_code = 0
         self._launcher = os.getppid() if any(name in os.environ for name in LAUNCHER_VARIABLES) else None
+        self._asked_at = 0.0
+        if self._launcher == 1 and not _is_launcher(1):
+            self.exit_code = EXIT_SIGTERM  # it died before we could look
         self._group: torch.distributed.ProcessGroup | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
@@ -45,5 +52,16 @@ class StopRequests:
         return self.exit_code
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._asked_at and now - self._asked_at > PATIENCE_SECONDS:
+            os._exit(self.exit_code)
+        self._asked_at = self._asked_at or now
         self.exit_code = EXIT_SIGINT if number == signal.SIGINT else EXIT_SIGTERM
-        signal.signal(number, signal.SIG_DFL)
+
+
+def _is_launcher(process: int) -> bool:
+    try:
+        command = Path(f"/proc/{process}/cmdline").read_text(errors="replace")
+    except OSError:
+        return False
+    return any(word in command for word in ("accelerate", "torchrun", "torch.distributed"))

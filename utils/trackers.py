@@ -13,7 +13,6 @@ from utils.config import Config
 from utils.errors import InputError
 
 PROJECT_NAME = "sd3-transparency"
-PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard"}
 
 
 def check_tracker(tracker: str) -> list[str]:
@@ -24,7 +23,7 @@ def check_tracker(tracker: str) -> list[str]:
     """
     if tracker == "none":
         return []
-    if importlib.util.find_spec(PACKAGES[tracker]) is None:
+    if importlib.util.find_spec(tracker) is None:
         raise InputError(
             f"tracker: {tracker} is not installed; pip install -r requirements-trackers.txt, or tracker: none"
         )
