@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# bf16 where the CPU has units for it, else fp32: the same job in fewer minutes.
+DATA_TYPE := $(shell grep -qsE "avx512_bf16|amx_bf16" /proc/cpuinfo && echo bf16 || echo fp32)
 LAUNCH := $(BIN)/accelerate launch --quiet --config_file configs/accelerate/cpu.yaml
 RUN := runs/quickstart
 
@@ -9,8 +11,8 @@ RUN := runs/quickstart
 
 quickstart: .venv/main.stamp
 	rm -rf $(RUN)
-	$(LAUNCH) trainer.py --config configs/tiny.yaml --output_dir $(RUN)
-	$(LAUNCH) val_inference.py --config configs/tiny.yaml --output_dir $(RUN) --load_checkpoint best
+	$(LAUNCH) trainer.py --config configs/tiny.yaml --data_type $(DATA_TYPE) --output_dir $(RUN)
+	$(LAUNCH) val_inference.py --config configs/tiny.yaml --data_type $(DATA_TYPE) --output_dir $(RUN) --load_checkpoint best
 	@echo
 	@echo "Predicted masks lie in $(RUN)/mask_predictions, curves in $(RUN)/history.csv, checkpoints in $(RUN)/checkpoints."
 	@echo "Next, with a GPU, Trans10k in data/Trans10k and a login for SD3.5 medium (hf auth login):"

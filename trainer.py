@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
-from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
 from dataset.codecs import build_codec
@@ -34,18 +31,17 @@ from models.objectives import build_objective
 from models.prompt import EmptyPrompt
 from utils import checkpoints
 from utils.checkpoints import TrainingState
-from utils.config import Config, parse_config, to_yaml
-from utils.engine import build_accelerator, clip_gradients, uses_deepspeed
-from utils.errors import InputError, InterruptedRunError, first_line, run_command
+from utils.config import Config, parse_config
+from utils.engine import build_accelerator, clip_gradients
+from utils.errors import InputError, InterruptedRunError, run_command
 from utils.evaluation import evaluate
 from utils.metrics import summarise
 from utils.monitor import TrainingMonitor
-from utils.provenance import write_provenance
-from utils.schedules import learning_rate_factor
+from utils.plan import TrainingPlan
 from utils.seeding import Stream, torch_generator
 from utils.signals import StopRequests
-from utils.tensors import load_optimizer
-from utils.trackers import check_tracker, start_tracker
+from utils.trackers import check_tracker
+from utils.training_state import engine_name, find_resumed, prepare_output, restore_optimizer, save_training
 
 
 class Trainer:
@@ -53,30 +49,29 @@ class Trainer:
 
     transformer: Any
     optimizer: Any
-    total_steps: int
     saved_step: int
-    save_steps: int | None
-    peak_rate: float
 
     def __init__(
         self, config: Config, accelerator: Accelerator, train: Scan, validation: Scan | None, stop: StopRequests
     ):
         self.config, self.accelerator, self.stop = config, accelerator, stop
-        self.resumed = self._find_resumed()
+        self.resumed = find_resumed(config)
         self._load_models()
-        self._plan(train)
+        self._make_plan(train)
         self._load_data(train, validation)
-        self._prepare_output()
+        num_parameters = sum(parameter.numel() for parameter in self.transformer.parameters())
+        prepare_output(accelerator, config, self.plan, num_parameters, self.global_step)
         self.optimizer = torch.optim.AdamW(
             self.transformer.parameters(),
-            lr=self.peak_rate,
+            lr=self.plan.peak_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
             weight_decay=config.adam_weight_decay,
         )
         bare_transformer = self.transformer
         self.transformer, self.optimizer = accelerator.prepare(self.transformer, self.optimizer)
-        self._restore_optimizer()
+        if self.resumed:
+            restore_optimizer(accelerator, self.resumed, self.transformer, self.optimizer)
         self.pipeline = checkpoints.build_pipeline(config, self.base, bare_transformer, self.vae, self.prompt)
 
     def train(self) -> None:
@@ -90,8 +85,8 @@ class Trainer:
             self.accelerator,
             self.config.output_dir,
             self.global_step,
-            self.total_steps,
-            self.stream.global_batch_size * self.config.gradient_accumulation_steps,
+            self.plan.total_steps,
+            self.plan.effective_batch_size,
             self.config.log_steps,
         )
         batches = iter(self.loader)
@@ -102,10 +97,10 @@ class Trainer:
                 and not self.monitor.has_validated(self.global_step)
             ):
                 self._validate()
-            while self.global_step < self.total_steps:
+            while self.global_step < self.plan.total_steps:
                 self._leave_if_asked()
                 self._update(batches)
-                if self._is_due(self.save_steps) or self.global_step == self.total_steps:
+                if self._is_due(self.plan.save_steps) or self.global_step == self.plan.total_steps:
                     self._save()
                 if self._is_due(self.config.val_steps):
                     self._validate()
@@ -125,7 +120,7 @@ class Trainer:
 
     def _update(self, batches: Iterator[dict[str, Any]]) -> None:
         """One optimiser update over `gradient_accumulation_steps` batches."""
-        rate = self.peak_rate * self._rate_factor(self.global_step)
+        rate = self.plan.rate(self.global_step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         grad_norm = None
@@ -190,53 +185,8 @@ class Trainer:
         if self.saved_step == self.global_step:
             return
         self.monitor.check_finite(self.global_step)
-        accelerator, deepspeed = self.accelerator, uses_deepspeed(self.accelerator)
-        partial = checkpoints.partial_folder(self.config.output_dir, self.global_step)
-        if accelerator.is_main_process:
-            checkpoints.clean_up(self.config.output_dir)
-            partial.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        state_dict = accelerator.get_state_dict(self.transformer)
-        if deepspeed:
-            self.transformer.save_checkpoint(str(partial / checkpoints.ENGINE_FOLDER_NAME), tag="state")
-        if accelerator.is_main_process:
-            checkpoints.write_checkpoint(
-                partial,
-                self._state(),
-                replace(self.config, resume_from_checkpoint=None),
-                accelerator.unwrap_model(self.transformer),
-                state_dict,
-                self.prompt,
-                None if deepspeed else self.optimizer.optimizer,
-            )
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            checkpoints.publish_checkpoint(
-                self.config.output_dir, self.global_step, self.config.checkpoints_total_limit
-            )
-        accelerator.wait_for_everyone()
+        save_training(self.accelerator, self.config, self._state(), self.transformer, self.optimizer, self.prompt)
         self.saved_step = self.global_step
-
-    def _find_resumed(self) -> Path | None:
-        config = self.config
-        if config.resume_from_checkpoint is not None:
-            found = checkpoints.find_checkpoint(
-                config.output_dir, config.resume_from_checkpoint, "resume_from_checkpoint"
-            )
-            trained = checkpoints.read_config(found)
-            if trained.objective != config.objective or not checkpoints.same_base(trained, config):
-                raise InputError(
-                    f"{found}: was trained with {trained.objective} on {trained.base_model_path}, not {config.objective} on "
-                    f"{config.base_model_path}; resume with the run's own flags and files (if the base has moved, correct "
-                    f"{found / checkpoints.CONFIG_FILE_NAME})"
-                )
-            return found
-        if complete := checkpoints.list_checkpoints(config.output_dir):
-            raise InputError(
-                f"{config.output_dir}: holds {complete[-1][1].name} of an earlier run; go on with "
-                "--resume_from_checkpoint latest, or choose another output_dir"
-            )
-        return None
 
     def _load_models(self) -> None:
         """Loads VAE, transformer, scheduler and prompt; the objective says how many input channels it needs."""
@@ -261,11 +211,12 @@ class Trainer:
             self.transformer.enable_gradient_checkpointing()
         self.transformer.train()
 
-    def _plan(self, train: Scan) -> None:
+    def _make_plan(self, train: Scan) -> None:
         """Turns epochs into updates; knows where a resumed run stands."""
         config, accelerator = self.config, self.accelerator
         arguments = (len(train.pairs), config.train_batch_size, config.seed)
         self.stream = BatchStream(*arguments, accelerator.process_index, accelerator.num_processes)
+        self.plan = TrainingPlan(config, len(train.pairs), self.stream.global_batch_size, self.stream.batches_per_epoch)
         self.global_step = self.batches_seen = 0
         if self.resumed:
             state = checkpoints.read_state(self.resumed)
@@ -280,20 +231,11 @@ class Trainer:
                     "share of its epoch, and its length counts updates"
                 )
         self.saved_step = self.global_step
-        self.total_steps = config.max_train_steps or self._updates(config.epochs or 0)
-        self.save_steps = config.save_checkpoint_steps or self._updates(config.save_checkpoint_epochs or 0) or None
-        self.warmup_steps = config.lr_warmup_steps or self._updates(config.lr_warmup_epochs or 0)
-        remaining = max(0, self.total_steps - self.global_step)
+        remaining = max(0, self.plan.total_steps - self.global_step)
         self.stream.start = self.batches_seen
         self.stream.stop = self.batches_seen + remaining * config.gradient_accumulation_steps
-        effective_batch = self.stream.global_batch_size * config.gradient_accumulation_steps
-        self.peak_rate = config.lr * (effective_batch if config.scale_lr else 1)
-        accelerator.print(
-            f"{self.stream.batches_per_epoch} batches an epoch, effective batch {effective_batch}, {self.total_steps} updates"
-            f" ({self.warmup_steps} warm-up), peak rate {self.peak_rate:.3g}"
-            + (f"; resuming {self.resumed} at update {self.global_step}" if self.resumed else "")
-            + ("; nothing is left to train" if self.global_step >= self.total_steps else "")
-        )
+        resuming = f"; resuming {self.resumed} at update {self.global_step}" if self.resumed else ""
+        accelerator.print(f"{self.plan}{resuming}{'' if remaining else '; nothing is left to train'}")
 
     def _load_data(self, train: Scan, validation: Scan | None) -> None:
         config, reader = self.config, LAYOUTS[self.config.dataset_name].read_label
@@ -308,59 +250,6 @@ class Trainer:
         )
         self.validation_data = PairDataset(validation.pairs, reader, config.resolution) if validation else None
 
-    def _prepare_output(self) -> None:
-        """Writes the resolved configuration and the run's origin before the first step."""
-        output_dir = Path(self.config.output_dir)
-        if self.accelerator.is_main_process:
-            try:
-                output_dir.mkdir(parents=True, exist_ok=True)
-                checkpoints.clean_up(output_dir)
-                resolved = replace(self.config, resume_from_checkpoint=None)
-                (output_dir / checkpoints.CONFIG_FILE_NAME).write_text(to_yaml(resolved), encoding="utf-8")
-                write_provenance(output_dir / "provenance.json", self.config.seed)
-            except OSError as error:
-                raise InputError(
-                    f"{output_dir}: cannot be written ({error.strerror}); choose another output_dir"
-                ) from error
-            if self.resumed and (aside := checkpoints.set_aside_later(output_dir, self.global_step)):
-                print(f"checkpoints beyond update {self.global_step} are set aside: {', '.join(aside)}")
-            checkpoints.check_disk_space(
-                output_dir,
-                sum(parameter.numel() for parameter in self.transformer.parameters()),
-                self.config.checkpoints_total_limit,
-                num_saves=1 + (self.total_steps - self.global_step) // (self.save_steps or self.total_steps),
-                bytes_per_parameter=20 if uses_deepspeed(self.accelerator) else 12,
-            )
-        self.accelerator.wait_for_everyone()
-        start_tracker(self.accelerator, self.config)
-
-    def _restore_optimizer(self) -> None:
-        """Reads the optimiser's state of the resumed checkpoint, where the engine is the same."""
-        if self.resumed is None:
-            return
-        state, engine = checkpoints.read_state(self.resumed), self._state().engine
-        same_shards = state.engine == engine and (
-            engine == "torch" or state.num_processes == self.accelerator.num_processes
-        )
-        if not same_shards:
-            self.accelerator.print(
-                f"warning: the optimiser starts fresh, its state was written by {state.engine} with {state.num_processes} "
-                "processes"
-            )
-        elif engine == "deepspeed":
-            self.transformer.load_checkpoint(str(self.resumed / checkpoints.ENGINE_FOLDER_NAME), tag="state")
-        else:
-            path = self.resumed / checkpoints.OPTIMIZER_FILE_NAME
-            try:
-                named = self.accelerator.unwrap_model(self.transformer).named_parameters()
-                load_optimizer(self.optimizer.optimizer, named, path)
-            except (OSError, SafetensorError, ValueError) as error:
-                raise InputError(
-                    f"{path}: cannot be resumed from ({first_line(error)}); use another checkpoint"
-                ) from error
-        if self.accelerator.scaler is not None and state.grad_scaler:
-            self.accelerator.scaler.load_state_dict(state.grad_scaler)
-
     def _state(self) -> TrainingState:
         scaler = self.accelerator.scaler
         return TrainingState(
@@ -369,24 +258,15 @@ class Trainer:
             global_batch_size=self.stream.global_batch_size,
             num_pairs=self.stream.num_samples,
             num_processes=self.accelerator.num_processes,
-            engine="deepspeed" if uses_deepspeed(self.accelerator) else "torch",
+            engine=engine_name(self.accelerator),
             grad_scaler=scaler.state_dict() if scaler is not None else None,
         )
-
-    def _updates(self, epochs: float) -> int:
-        return math.ceil(epochs * self.stream.batches_per_epoch / self.config.gradient_accumulation_steps)
 
     def _epoch(self) -> float:
         return round(self.batches_seen / self.stream.batches_per_epoch, 4)
 
-    def _rate_factor(self, step: int) -> float:
-        config = self.config
-        return learning_rate_factor(
-            step, self.total_steps, self.warmup_steps, config.lr_scheduler, config.lr_cycles, config.min_lr_ratio
-        )
-
     def _is_due(self, every: int | None) -> bool:
-        return every is not None and (self.global_step % every == 0 or self.global_step == self.total_steps)
+        return every is not None and (self.global_step % every == 0 or self.global_step == self.plan.total_steps)
 
     def _leave_if_asked(self) -> None:
         if code := self.stop.poll():

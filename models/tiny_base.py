@@ -241,9 +241,11 @@ def pretrain_transformer(
         # Not shifted: small latents need less noise, and what is learnt at little noise is what a segmenter can use.
         sigmas = u.view(-1, 1, 1, 1).to(_device())
         noise = torch.randn(clean.shape, generator=generator).to(_device())
-        model_pred = call_transformer(
-            transformer, flow.add_noise(clean, noise, sigmas), flow.timesteps_from_sigmas(sigmas), prompt
-        )
+        # Half of the batch is not told its noise level but shown the timestep at which end-to-end training will read the
+        # transformer, so that its features of clean pictures are at hand there too.
+        told = torch.rand(batch_size, generator=generator).to(_device()) < 0.5
+        timesteps = torch.where(told, flow.timesteps_from_sigmas(sigmas), flow.NUM_TRAIN_TIMESTEPS)
+        model_pred = call_transformer(transformer, flow.add_noise(clean, noise, sigmas), timesteps, prompt)
         return (model_pred - flow.velocity(clean, noise)).square().mean()
 
     transformer.load_state_dict(fit(transformer, loss_at, steps, 1e-3, folder, data_type))

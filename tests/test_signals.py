@@ -106,6 +106,7 @@ def test_the_death_of_the_launcher_is_noticed(variable: str, monkeypatch: pytest
 
 def test_a_launchers_death_does_not_hide_a_signal_that_came_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(LAUNCHER_VARIABLES[0], "no")
+    monkeypatch.setattr(signals.os, "getppid", lambda: 4321)
     stop = StopRequests()
     signal.raise_signal(signal.SIGINT)
     monkeypatch.setattr(signals.os, "getppid", lambda: 1)

@@ -56,7 +56,7 @@ class StopRequests:
         if self._asked_at and now - self._asked_at > PATIENCE_SECONDS:
             os._exit(self.exit_code)
         self._asked_at = self._asked_at or now
-        self.exit_code = EXIT_SIGINT if number == signal.SIGINT else EXIT_SIGTERM
+        self.exit_code = self.exit_code or (EXIT_SIGINT if number == signal.SIGINT else EXIT_SIGTERM)
 
 
 def _is_launcher(process: int) -> bool:

@@ -1,0 +1,155 @@
+"""Begins, saves and restores a training under any engine; called by all processes together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from safetensors import SafetensorError
+
+from models.prompt import EmptyPrompt
+from utils import checkpoints
+from utils.checkpoints import TrainingState
+from utils.config import Config, to_yaml
+from utils.engine import uses_deepspeed
+from utils.errors import InputError, first_line
+from utils.plan import TrainingPlan
+from utils.provenance import write_provenance
+from utils.tensors import load_optimizer
+from utils.trackers import start_tracker
+
+
+def engine_name(accelerator: Accelerator) -> str:
+    """Returns whose form the optimiser's state has: torch or deepspeed."""
+    return "deepspeed" if uses_deepspeed(accelerator) else "torch"
+
+
+def find_resumed(config: Config) -> Path | None:
+    """Returns the checkpoint that the configuration asks to resume from, None for a fresh run.
+
+    Raises:
+        InputError: if it is missing or was trained otherwise, or if a fresh run would go into an occupied folder.
+    """
+    if config.resume_from_checkpoint is None:
+        if complete := checkpoints.list_checkpoints(config.output_dir):
+            raise InputError(
+                f"{config.output_dir}: holds {complete[-1][1].name} of an earlier run; go on with "
+                "--resume_from_checkpoint latest, or choose another output_dir"
+            )
+        return None
+    found = checkpoints.find_checkpoint(config.output_dir, config.resume_from_checkpoint, "resume_from_checkpoint")
+    trained = checkpoints.read_config(found)
+    if trained.objective != config.objective or not checkpoints.same_base(trained, config):
+        raise InputError(
+            f"{found}: was trained with {trained.objective} on {trained.base_model_path}, not {config.objective} on "
+            f"{config.base_model_path}; resume with the run's own flags and files (if the base has moved, correct "
+            f"{found / checkpoints.CONFIG_FILE_NAME})"
+        )
+    return found
+
+
+def prepare_output(
+    accelerator: Accelerator, config: Config, plan: TrainingPlan, num_parameters: int, global_step: int
+) -> None:
+    """Writes the resolved configuration and the run's origin, checks the disk and starts the tracker, before the first step.
+
+    Args:
+        accelerator: of the run.
+        config: resolved.
+        plan: of the run.
+        num_parameters: of the transformer.
+        global_step: updates done; checkpoints beyond it are set aside.
+
+    Raises:
+        InputError: if the folder cannot be written or the disk is too small.
+    """
+    output_dir = Path(config.output_dir)
+    if accelerator.is_main_process:
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            checkpoints.clean_up(output_dir)
+            resolved = to_yaml(replace(config, resume_from_checkpoint=None))
+            (output_dir / checkpoints.CONFIG_FILE_NAME).write_text(resolved, encoding="utf-8")
+            write_provenance(output_dir / "provenance.json", config.seed)
+        except OSError as error:
+            raise InputError(
+                f"{output_dir}: cannot be written ({error.strerror}); choose another output_dir"
+            ) from error
+        if config.resume_from_checkpoint and (aside := checkpoints.set_aside_later(output_dir, global_step)):
+            print(f"checkpoints beyond update {global_step} are set aside: {', '.join(aside)}")
+        checkpoints.check_disk_space(
+            output_dir,
+            num_parameters,
+            config.checkpoints_total_limit,
+            num_saves=1 + max(0, plan.total_steps - global_step) // (plan.save_steps or plan.total_steps),
+            bytes_per_parameter=20 if uses_deepspeed(accelerator) else 12,
+        )
+    accelerator.wait_for_everyone()
+    start_tracker(accelerator, config)
+
+
+def save_training(
+    accelerator: Accelerator,
+    config: Config,
+    state: TrainingState,
+    transformer: Any,
+    optimizer: Any,
+    prompt: EmptyPrompt,
+) -> None:
+    """Writes a checkpoint beside the others and renames it when it is whole.
+
+    Args:
+        accelerator: of the run.
+        config: resolved.
+        state: where the training stands.
+        transformer: prepared by the engine.
+        optimizer: prepared by the engine.
+        prompt: the empty prompt.
+    """
+    partial = checkpoints.partial_folder(config.output_dir, state.global_step)
+    if accelerator.is_main_process:
+        checkpoints.clean_up(config.output_dir)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    state_dict = accelerator.get_state_dict(transformer)
+    if state.engine == "deepspeed":
+        transformer.save_checkpoint(str(partial / checkpoints.ENGINE_FOLDER_NAME), tag="state")
+    if accelerator.is_main_process:
+        checkpoints.write_checkpoint(
+            partial,
+            state,
+            replace(config, resume_from_checkpoint=None),
+            accelerator.unwrap_model(transformer),
+            state_dict,
+            prompt,
+            None if state.engine == "deepspeed" else optimizer.optimizer,
+        )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        checkpoints.publish_checkpoint(config.output_dir, state.global_step, config.checkpoints_total_limit)
+    accelerator.wait_for_everyone()
+
+
+def restore_optimizer(accelerator: Accelerator, checkpoint: Path, transformer: Any, optimizer: Any) -> None:
+    """Reads the optimiser's state of a checkpoint, where the engine has the same form of it; else warns.
+
+    Raises:
+        InputError: naming the file that cannot be read.
+    """
+    state, engine = checkpoints.read_state(checkpoint), engine_name(accelerator)
+    if state.engine != engine or (engine == "deepspeed" and state.num_processes != accelerator.num_processes):
+        accelerator.print(
+            f"warning: the optimiser starts fresh, its state was written by {state.engine} with {state.num_processes} processes"
+        )
+    elif engine == "deepspeed":
+        transformer.load_checkpoint(str(checkpoint / checkpoints.ENGINE_FOLDER_NAME), tag="state")
+    else:
+        path = checkpoint / checkpoints.OPTIMIZER_FILE_NAME
+        try:
+            load_optimizer(optimizer.optimizer, accelerator.unwrap_model(transformer).named_parameters(), path)
+        except (OSError, SafetensorError, ValueError) as error:
+            raise InputError(f"{path}: cannot be resumed from ({first_line(error)}); use another checkpoint") from error
+    if accelerator.scaler is not None and state.grad_scaler:
+        accelerator.scaler.load_state_dict(state.grad_scaler)
