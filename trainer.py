@@ -216,7 +216,7 @@ class Trainer:
         config, accelerator = self.config, self.accelerator
         arguments = (len(train.pairs), config.train_batch_size, config.seed)
         self.stream = BatchStream(*arguments, accelerator.process_index, accelerator.num_processes)
-        self.plan = TrainingPlan(config, len(train.pairs), self.stream.global_batch_size, self.stream.batches_per_epoch)
+        self.plan = TrainingPlan(config, self.stream.global_batch_size, self.stream.batches_per_epoch)
         self.global_step = self.batches_seen = 0
         if self.resumed:
             state = checkpoints.read_state(self.resumed)

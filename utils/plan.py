@@ -15,13 +15,11 @@ class TrainingPlan:
 
     Args:
         config: of the run.
-        num_pairs: of the training split.
         global_batch_size: pictures per batch over all processes.
         batches_per_epoch: whole global batches.
     """
 
     config: Config
-    num_pairs: int
     global_batch_size: int
     batches_per_epoch: int
 
