@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from torch.utils.data import DataLoader
 
-from dataset.codecs import build_codec
 from dataset.sampling import BatchStream, resumed_batch
 from dataset.trans10k import LAYOUTS, PairDataset, Scan, collate, prepare_worker, scan
 from models.base import (
@@ -20,14 +18,11 @@ from models.base import (
     check_prompt,
     check_resolution,
     load_prompt,
-    load_scheduler,
     load_transformer,
     load_vae,
     resolve_base,
     widen_patch_projection,
 )
-from models.latents import LatentCodec
-from models.objectives import build_objective
 from models.prompt import EmptyPrompt
 from utils import checkpoints
 from utils.checkpoints import TrainingState
@@ -68,11 +63,9 @@ class Trainer:
             eps=config.adam_epsilon,
             weight_decay=config.adam_weight_decay,
         )
-        bare_transformer = self.transformer
         self.transformer, self.optimizer = accelerator.prepare(self.transformer, self.optimizer)
         if self.resumed:
             restore_optimizer(accelerator, self.resumed, self.transformer, self.optimizer)
-        self.pipeline = checkpoints.build_pipeline(config, self.base, bare_transformer, self.vae, self.prompt)
 
     def train(self) -> None:
         """Runs the remaining updates.
@@ -145,14 +138,14 @@ class Trainer:
         """Returns the objective's named losses of a batch, each (B,)."""
         device = self.accelerator.device
         image_pixels = batch["image"].to(device, non_blocking=True) * 2 - 1  # (B, 3, H, W)
-        mask_pixels = self.codec.encode(batch["label"].to(device, non_blocking=True))
-        image_latents = self.latent_codec.encode(image_pixels)  # (B, 16, H/8, W/8)
-        mask_latents = self.latent_codec.encode(mask_pixels)
+        mask_pixels = self.pipeline.codec.encode(batch["label"].to(device, non_blocking=True))
+        image_latents = self.pipeline.latent_codec.encode(image_pixels)  # (B, 16, H/8, W/8)
+        mask_latents = self.pipeline.latent_codec.encode(mask_pixels)
         generators = [
             torch_generator(Stream.TRAINING_NOISE, self.config.seed, epoch, index)
             for epoch, index in zip(batch["epoch"], batch["index"], strict=True)
         ]
-        return self.objective.loss(self.transformer, image_latents, mask_latents, self.prompt, generators)
+        return self.pipeline.objective.loss(self.transformer, image_latents, mask_latents, self.prompt, generators)
 
     def _validate(self) -> None:
         """Scores the validation split; a new best checkpoint is saved at once."""
@@ -192,18 +185,17 @@ class Trainer:
         """Loads VAE, transformer, scheduler and prompt; the objective says how many input channels it needs."""
         config, device = self.config, self.accelerator.device
         with self.accelerator.local_main_process_first():
-            self.base = resolve_base(config.base_model_path)
+            base = resolve_base(config.base_model_path)
             self.prompt: EmptyPrompt = (
                 EmptyPrompt.from_file(self.resumed / checkpoints.PROMPT_FILE_NAME)
                 if self.resumed
                 else load_prompt(config.base_model_path, config.prompt_embeds_path)
             ).to(device)
-        self.vae = load_vae(self.base, DTYPES[config.data_type]).to(device)
-        self.latent_codec = LatentCodec(self.vae)
-        self.codec = build_codec(LAYOUTS[config.dataset_name].codec)
-        self.objective = build_objective(config.objective, asdict(config), load_scheduler(self.base).config.shift)
-        in_channels = self.objective.in_channels_factor * self.vae.config.latent_channels
-        self.transformer = load_transformer(self.resumed or self.base)
+        vae = load_vae(base, DTYPES[config.data_type]).to(device)
+        self.transformer = load_transformer(self.resumed or base)
+        # What validation calls also holds the formulas that training uses.
+        self.pipeline = checkpoints.build_pipeline(config, base, self.transformer, vae, self.prompt)
+        in_channels = self.pipeline.objective.in_channels_factor * vae.config.latent_channels
         check_prompt(self.prompt, self.transformer)
         check_resolution(config.resolution, self.transformer)
         widen_patch_projection(self.transformer, in_channels)

@@ -421,8 +421,19 @@ def test_a_short_run_needs_no_space_for_checkpoints_that_it_will_not_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=4 * 12 * 10**9))
-    check_disk_space(tmp_path, 10**9, 50, 2)
-    assert ": 5 checkpoints of 12.0 GB" in message_of(check_disk_space, tmp_path, 10**9, 50, 3)
+    check_disk_space(tmp_path, 10**9, 50, 3)
+    assert ": 5 checkpoints of 12.0 GB" in message_of(check_disk_space, tmp_path, 10**9, 50, 4)
+
+
+def test_a_resumed_run_needs_space_for_what_its_folder_may_still_grow_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * 12 * 10**9))
+    for step in range(1, 3):
+        put(tmp_path, f"checkpoint-{step}")
+    check_disk_space(tmp_path, 10**9, 5, 1)
+    assert ": 3 checkpoints of 12.0 GB" in message_of(check_disk_space, tmp_path, 10**9, 5, 2)
+    check_disk_space(tmp_path, 10**9, 2, 100)
 
 
 def test_without_a_limit_every_save_needs_its_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

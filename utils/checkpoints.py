@@ -257,8 +257,9 @@ def check_disk_space(
         InputError: if the disk is too small.
     """
     checkpoint_bytes = bytes_per_parameter * num_parameters
-    kept = num_saves if limit is None else min(limit, num_saves) + 1
-    copies = kept + 1 if limit is None else max(1, kept + 1 - len(list_checkpoints(output_dir)))
+    copies = num_saves + 1  # a new best is saved between the others
+    if limit is not None:  # at its fullest the folder holds the newest, the best and the one being written
+        copies = min(copies, max(1, limit + 2 - len(list_checkpoints(output_dir))))
     free_bytes = shutil.disk_usage(output_dir).free
     if copies * checkpoint_bytes > free_bytes:
         raise InputError(
