@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,30 +14,33 @@ from torch.utils.data import DataLoader
 
 from dataset.sampling import BatchStream, resumed_batch
 from dataset.trans10k import LAYOUTS, PairDataset, Scan, collate, prepare_worker, scan
-from models.base import (
-    DTYPES,
-    check_prompt,
-    check_resolution,
-    load_prompt,
-    load_transformer,
-    load_vae,
-    resolve_base,
-    widen_patch_projection,
-)
+from models.base import DTYPES, load_prompt, load_vae, resolve_base
+from models.latents import LatentBatches
 from models.prompt import EmptyPrompt
+from models.trainable import build_trainable
 from utils import checkpoints
+from utils.caching import cached_latents
 from utils.checkpoints import TrainingState
 from utils.config import Config, parse_config
+from utils.ema import MovingAverage
 from utils.engine import build_accelerator, clip_gradients
 from utils.errors import InputError, InterruptedRunError, run_command
 from utils.evaluation import evaluate
 from utils.metrics import summarise
 from utils.monitor import TrainingMonitor
+from utils.optimizers import build_optimizer, set_rate
 from utils.plan import TrainingPlan
 from utils.seeding import Stream, torch_generator
 from utils.signals import StopRequests
 from utils.trackers import check_tracker
-from utils.training_state import engine_name, find_resumed, prepare_output, restore_optimizer, save_training
+from utils.training_state import (
+    engine_name,
+    find_resumed,
+    prepare_output,
+    restore_average,
+    restore_optimizer,
+    save_training,
+)
 
 
 class Trainer:
@@ -56,16 +60,13 @@ class Trainer:
         self._load_data(train, validation)
         num_parameters = sum(parameter.numel() for parameter in self.transformer.parameters())
         prepare_output(accelerator, config, self.plan, num_parameters, self.global_step)
-        self.optimizer = torch.optim.AdamW(
-            self.transformer.parameters(),
-            lr=self.plan.peak_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.adam_weight_decay,
-        )
+        self.optimizer = build_optimizer(self.transformer, config, self.plan.peak_rate)
+        self.average = MovingAverage(self.transformer, config.ema_decay) if config.ema_decay else None
         self.transformer, self.optimizer = accelerator.prepare(self.transformer, self.optimizer)
         if self.resumed:
             restore_optimizer(accelerator, self.resumed, self.transformer, self.optimizer)
+            if self.average:
+                restore_average(self.resumed, self.average)
 
     def train(self) -> None:
         """Runs the remaining updates.
@@ -82,7 +83,8 @@ class Trainer:
             self.plan.effective_batch_size,
             self.config.log_steps,
         )
-        batches = iter(self.loader)
+        encode = (self.pipeline.encode_images, self.pipeline.encode_labels)
+        batches = iter(LatentBatches(self.loader, *encode, self.accelerator.device))
         try:
             if (
                 self.resumed
@@ -114,11 +116,11 @@ class Trainer:
     def _update(self, batches: Iterator[dict[str, Any]]) -> None:
         """One optimiser update over `gradient_accumulation_steps` batches."""
         rate = self.plan.rate(self.global_step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         grad_norm = None
         for _ in range(self.config.gradient_accumulation_steps):
-            batch = next(batches)
+            with self.monitor.waiting():
+                batch = next(batches)
             with self.accelerator.accumulate(self.transformer):
                 losses = self._losses(batch)
                 self.accelerator.backward(losses["loss"].mean())
@@ -128,6 +130,8 @@ class Trainer:
                 self.optimizer.zero_grad()
             self.monitor.record_batch(self.global_step + 1, losses, batch["file"])
         self.global_step += 1
+        if self.average:
+            self.average.update(self.global_step)
         self.batches_seen += self.config.gradient_accumulation_steps
         self.monitor.record_norm(self.global_step, grad_norm)
         self.monitor.finish_update(
@@ -136,32 +140,30 @@ class Trainer:
 
     def _losses(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Returns the objective's named losses of a batch, each (B,)."""
-        device = self.accelerator.device
-        image_pixels = batch["image"].to(device, non_blocking=True) * 2 - 1  # (B, 3, H, W)
-        mask_pixels = self.pipeline.codec.encode(batch["label"].to(device, non_blocking=True))
-        image_latents = self.pipeline.latent_codec.encode(image_pixels)  # (B, 16, H/8, W/8)
-        mask_latents = self.pipeline.latent_codec.encode(mask_pixels)
         generators = [
             torch_generator(Stream.TRAINING_NOISE, self.config.seed, epoch, index)
             for epoch, index in zip(batch["epoch"], batch["index"], strict=True)
         ]
-        return self.pipeline.objective.loss(self.transformer, image_latents, mask_latents, self.prompt, generators)
+        return self.pipeline.objective.loss(
+            self.transformer, batch["image_latents"], batch["mask_latents"], self.prompt, generators
+        )
 
     def _validate(self) -> None:
         """Scores the validation split; a new best checkpoint is saved at once."""
         if self.validation_data is None:
             return
         self.transformer.eval()
-        scores = evaluate(
-            self.pipeline,
-            self.validation_data,
-            self.accelerator,
-            batch_size=self.config.test_batch_size,
-            seed=self.config.seed,
-            num_workers=self.config.dataloader_num_workers,
-            poll_stop=self.stop.poll,
-            description="validation",
-        )
+        with self.average.in_place() if self.average else nullcontext():
+            scores = evaluate(
+                self.pipeline,
+                self.validation_data,
+                self.accelerator,
+                batch_size=self.config.test_batch_size,
+                seed=self.config.seed,
+                num_workers=self.config.dataloader_num_workers,
+                poll_stop=self.stop.poll,
+                description="validation",
+            )
         self.transformer.train()
         summary = summarise(scores)
         # One process decides: saving is collective, and a shared disk may show each process another state.
@@ -178,11 +180,12 @@ class Trainer:
         if self.saved_step == self.global_step:
             return
         self.monitor.check_finite(self.global_step)
-        save_training(self.accelerator, self.config, self._state(), self.transformer, self.optimizer, self.prompt)
+        parts = (self.transformer, self.optimizer, self.prompt, self.average)
+        save_training(self.accelerator, self.config, self._state(), *parts)
         self.saved_step = self.global_step
 
     def _load_models(self) -> None:
-        """Loads VAE, transformer, scheduler and prompt; the objective says how many input channels it needs."""
+        """Loads VAE, transformer and prompt."""
         config, device = self.config, self.accelerator.device
         with self.accelerator.local_main_process_first():
             base = resolve_base(config.base_model_path)
@@ -192,16 +195,11 @@ class Trainer:
                 else load_prompt(config.base_model_path, config.prompt_embeds_path)
             ).to(device)
         vae = load_vae(base, DTYPES[config.data_type]).to(device)
-        self.transformer = load_transformer(self.resumed or base)
+        if config.drop_zero_prompt_rows:
+            self.prompt = self.prompt.without_zero_rows()
+        self.transformer = build_trainable(config, base, self.resumed, self.prompt)
         # What validation calls also holds the formulas that training uses.
         self.pipeline = checkpoints.build_pipeline(config, base, self.transformer, vae, self.prompt)
-        in_channels = self.pipeline.objective.in_channels_factor * vae.config.latent_channels
-        check_prompt(self.prompt, self.transformer)
-        check_resolution(config.resolution, self.transformer)
-        widen_patch_projection(self.transformer, in_channels)
-        if config.gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
-        self.transformer.train()
 
     def _make_plan(self, train: Scan) -> None:
         """Turns epochs into updates; knows where a resumed run stands."""
@@ -231,9 +229,13 @@ class Trainer:
 
     def _load_data(self, train: Scan, validation: Scan | None) -> None:
         config, reader = self.config, LAYOUTS[self.config.dataset_name].read_label
-        seed = config.seed if config.augmentation else None
+        if config.latent_cache == "disk":
+            data: Any = cached_latents(config, train.pairs, self.pipeline, self.accelerator, self._leave_if_asked)
+        else:
+            seed = config.seed if config.augmentation else None
+            data = PairDataset(train.pairs, reader, config.resolution, augmentation_seed=seed)
         self.loader = DataLoader(
-            PairDataset(train.pairs, reader, config.resolution, augmentation_seed=seed),
+            data,
             batch_sampler=self.stream,
             num_workers=config.dataloader_num_workers,
             collate_fn=collate,

@@ -189,10 +189,9 @@ class PairDataset(Dataset[dict[str, Any]]):
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Stacks samples into a batch: `image` (B, 3, H, W), `label` (B, H, W), lists of the rest."""
+    """Stacks samples into a batch: tensors along a new first axis, lists of the rest."""
     batch: dict[str, Any] = {name: [sample[name] for sample in samples] for name in samples[0]}
-    batch["image"], batch["label"] = torch.stack(batch["image"]), torch.stack(batch["label"])
-    return batch
+    return {name: torch.stack(values) if torch.is_tensor(values[0]) else values for name, values in batch.items()}
 
 
 def prepare_worker(worker: int) -> None:

@@ -73,9 +73,6 @@ def augment(
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Augments a pair in the sense of the published recipe: the same flip for both, photometry for the picture alone.
 
-    The recipe's blur and noise are stated at 1024 px. Here they work at the training size: a blur kernel shrinks with the
-    resolution, and so does the noise's standard deviation, as it does when independent noise is averaged down.
-
     Args:
         image: RGB (H, W, 3), uint8, at the training resolution.
         label: (H, W), uint8.
@@ -84,9 +81,27 @@ def augment(
     Returns:
         The augmented picture and label, same shapes and dtypes.
     """
-    scale = image.shape[0] / REFERENCE_RESOLUTION
     if rng.random() < FLIP_PROBABILITY:
-        image, label = np.ascontiguousarray(image[:, ::-1]), np.ascontiguousarray(label[:, ::-1])
+        image, label = flip(image), flip(label)
+    return augment_photometry(image, rng), label
+
+
+def flip(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Returns a picture or label (H, W, ...) with left and right exchanged."""
+    return np.ascontiguousarray(picture[:, ::-1])
+
+
+def augment_photometry(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Draws colour jitter, blur and noise, each with its probability.
+
+    The recipe's blur and noise are stated at 1024 px. Here they work at the training size: a blur kernel shrinks with the
+    resolution, and so does the noise's standard deviation, as it does when independent noise is averaged down.
+
+    Args:
+        image: RGB (H, W, 3), uint8, at the training resolution.
+        rng: the sample's own generator.
+    """
+    scale = image.shape[0] / REFERENCE_RESOLUTION
     if rng.random() < JITTER_PROBABILITY:
         image = _jitter_colours(image, rng)
     if rng.random() < BLUR_PROBABILITY:
@@ -95,7 +110,7 @@ def augment(
         std = rng.uniform(*NOISE_STD) * scale * 255
         noise = rng.standard_normal(image.shape, dtype=np.float32) * np.float32(std)
         image = np.clip(np.rint(image + noise), 0, 255).astype(np.uint8)
-    return image, label
+    return image
 
 
 def _jitter_colours(image: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:

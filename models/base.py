@@ -15,6 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+from models.folding import FoldedSD3Transformer2DModel
 from models.latents import DOWNSCALE
 from models.prompt import EmptyPrompt
 from utils.errors import InputError, first_line
@@ -89,8 +90,13 @@ def load_vae(folder: Path, dtype: torch.dtype) -> AutoencoderKL:
 
 
 def load_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> SD3Transformer2DModel:
-    """Loads the transformer from `folder`/transformer."""
-    return load_part(SD3Transformer2DModel, folder, "transformer", dtype)
+    """Loads the transformer from `folder`/transformer, folded if its configuration says so."""
+    try:
+        class_name = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        class_name = ""  # whatever is wrong, loading tells it better
+    folded = class_name == FoldedSD3Transformer2DModel.__name__
+    return load_part(FoldedSD3Transformer2DModel if folded else SD3Transformer2DModel, folder, "transformer", dtype)
 
 
 def load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:

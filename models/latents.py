@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL
 
@@ -52,3 +55,60 @@ class LatentCodec:
         """
         z = latents.float() / self.scaling_factor + self.shift_factor
         return self.vae.decode(z.to(self.vae.dtype, memory_format=torch.channels_last)).sample.float().contiguous()
+
+
+class LatentBatches:
+    """Batches with `image_latents` and `mask_latents`, float32 on the device, from batches of pictures or cached latents.
+
+    On a GPU the next batch is copied and encoded on a stream of its own while the present one is trained on.
+
+    Args:
+        batches: with `image` (B, 3, H, W) and `label` (B, H, W), or with latents already.
+        encode_images: pictures to latents.
+        encode_labels: labels to latents.
+        device: of the training.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[dict[str, Any]],
+        encode_images: Callable[[torch.Tensor], torch.Tensor],
+        encode_labels: Callable[[torch.Tensor], torch.Tensor],
+        device: torch.device,
+    ) -> None:
+        self.batches, self.device = batches, device
+        self.encode_images, self.encode_labels = encode_images, encode_labels
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yields the batches in order."""
+        if self.device.type != "cuda":
+            yield from map(self._encode, self.batches)
+            return
+        stream, ahead = torch.cuda.Stream(self.device), None
+        for batch in self.batches:
+            with torch.cuda.stream(stream):
+                encoded = self._encode(batch)
+            if ahead is not None:
+                yield ahead
+            # What follows on the main stream waits for the encoding; its memory is not reused before it is done.
+            main = torch.cuda.current_stream(self.device)
+            main.wait_stream(stream)
+            for name in ("image_latents", "mask_latents"):
+                encoded[name].record_stream(main)
+            ahead = encoded
+        if ahead is not None:
+            yield ahead
+
+    def _encode(self, batch: dict[str, Any]) -> dict[str, Any]:
+        rest = {name: value for name, value in batch.items() if name not in ("image", "label")}
+        if "image_latents" in batch:
+            latents = {
+                name: rest[name].to(self.device, non_blocking=True).float()
+                for name in ("image_latents", "mask_latents")
+            }
+        else:
+            latents = {
+                "image_latents": self.encode_images(batch["image"]),
+                "mask_latents": self.encode_labels(batch["label"]),
+            }
+        return {**rest, **latents}

@@ -18,6 +18,8 @@ class Objective(Protocol):
 
     in_channels_factor: int
     """Input channels of the transformer as a multiple of the latent channels."""
+    constant_timestep: float | None
+    """The timestep of every call, if there is but one."""
     stochastic: bool
     """Whether `predict` starts from noise, so that predictions can vote."""
 
@@ -46,6 +48,7 @@ class EndToEnd:
     """Condition latents at the constant timestep 1000 -> target latents, in one deterministic pass."""
 
     in_channels_factor = 1
+    constant_timestep: float | None = float(flow.NUM_TRAIN_TIMESTEPS)
     stochastic = False
 
     def __init__(self, settings: Mapping[str, Any], shift: float) -> None:
@@ -60,7 +63,7 @@ class EndToEnd:
         num_inference_steps: int = 1,
     ) -> torch.Tensor:
         """Returns predicted target latents (B, C, h, w), float32; generator and steps have no effect."""
-        timesteps = condition_latents.new_full((len(condition_latents),), flow.NUM_TRAIN_TIMESTEPS)
+        timesteps = condition_latents.new_full((len(condition_latents),), self.constant_timestep)
         return call_transformer(transformer, condition_latents, timesteps, prompt)
 
     def loss(
@@ -87,6 +90,7 @@ class Diffusion:
     """
 
     in_channels_factor = 2
+    constant_timestep: float | None = None
     stochastic = True
 
     def __init__(self, settings: Mapping[str, Any], shift: float) -> None:

@@ -101,6 +101,14 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         self.latent_codec = LatentCodec(vae)
         self.codec = build_codec(codec)
 
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns latents (B, C, H/8, W/8), float32, on the VAE's device, of pictures (B, 3, H, W) in [0, 1]."""
+        return self.latent_codec.encode(images.to(self.vae.device, non_blocking=True) * 2 - 1)
+
+    def encode_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """Returns latents (B, C, H/8, W/8), float32, on the VAE's device, of labels (B, H, W), uint8."""
+        return self.latent_codec.encode(self.codec.encode(labels.to(self.vae.device, non_blocking=True)))
+
     @torch.no_grad()
     def __call__(
         self,
@@ -143,11 +151,8 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
             )
         members = members if self.objective.stochastic else 1
         generators = _one_per_picture(generator, len(images))
-        device = self._execution_device
         predictions, soft, uncertainty = [], [], []
-        condition = torch.cat(
-            [self.latent_codec.encode(chunk.to(device) * 2 - 1) for chunk in images.float().split(batch_size)]
-        )
+        condition = torch.cat([self.encode_images(chunk) for chunk in images.float().split(batch_size)])
         # Members of all pictures in one row, cut into forward passes: the noise does not depend on where the cuts fall.
         owners = [picture for picture in range(len(images)) for _ in range(members)]
         pixels = []

@@ -72,6 +72,12 @@ class EmptyPrompt(ModelMixin, ConfigMixin):
         except (OSError, SafetensorError, ValueError) as error:
             raise InputError(f"{path}: not a usable prompt file ({first_line(error)})") from error
 
+    def without_zero_rows(self) -> EmptyPrompt:
+        """Returns the prompt without the tokens whose embedding is zero throughout; at least one is kept."""
+        rows = self.prompt_embeds.data[0]
+        kept = rows[rows.abs().sum(dim=1) > 0]
+        return self.from_tensors(kept[None] if len(kept) else rows[None, :1], self.pooled_prompt_embeds.data)
+
     def save_file(self, path: Path) -> None:
         """Writes the safetensors file that `from_file` reads."""
         tensors = {"prompt_embeds": self.prompt_embeds.data, "pooled_prompt_embeds": self.pooled_prompt_embeds.data}

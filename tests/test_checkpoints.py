@@ -40,7 +40,7 @@ from utils.checkpoints import (
 )
 from utils.config import Config
 from utils.errors import InputError
-from utils.tensors import load_optimizer, save_optimizer
+from utils.tensors import gather_optimizer, load_optimizer, save_optimizer
 
 KEY = "resume_from_checkpoint"
 
@@ -527,7 +527,8 @@ def write_run(run: Path, base: Path, objective: str = "end_to_end", step: int = 
     partial = partial_folder(run, step)
     partial.mkdir(parents=True)
     state_dict = transformer.state_dict()
-    write_checkpoint(partial, state_of(step), config, transformer, state_dict, make_prompt(), optimizer)
+    optimizer_state = gather_optimizer(optimizer, transformer.named_parameters())
+    write_checkpoint(partial, state_of(step), config, transformer, state_dict, make_prompt(), optimizer_state)
     return publish_checkpoint(run, step, limit=2)
 
 

@@ -290,8 +290,8 @@ def test_the_top_level_file_is_the_first_layer(overlay: Overlay, monkeypatch: py
 
 def test_keys_stand_flat_or_under_their_section(overlay: Overlay) -> None:
     flat = overlay("lr: 3.0\nresolution: 64\n", "flat.yaml")
-    sectioned = overlay("optimizer:\n  lr: 3.0\ndata:\n  resolution: 64\n", "sectioned.yaml")
-    mixed = overlay("optimizer:\n  lr: 3.0\nresolution: 64\n", "mixed.yaml")
+    sectioned = overlay("optimization:\n  lr: 3.0\ndata:\n  resolution: 64\n", "sectioned.yaml")
+    mixed = overlay("optimization:\n  lr: 3.0\nresolution: 64\n", "mixed.yaml")
     assert load_layer(flat) == load_layer(sectioned) == load_layer(mixed) == {"lr": 3.0, "resolution": 64}
 
 
@@ -376,7 +376,8 @@ def test_null_unsets_an_optional_key_in_yaml(name: str, word: str, overlay: Over
 @pytest.mark.parametrize("name", OPTIONAL)
 def test_null_unsets_an_optional_key_as_a_flag(name: str, overlay: Overlay) -> None:
     partner = {a: b for pair in EXCLUSIVE_PAIRS for a, b in (pair, pair[::-1])}.get(name)
-    path = overlay(f"{partner}: 5\n" if partner else f"{name}: 5\n")
+    value = 0.5 if name == "ema_decay" else 5
+    path = overlay(f"{partner}: 5\n" if partner else f"{name}: {value}\n")
     assert getattr(parse("--config", path, f"--{name}", "null"), name) is None
 
 
@@ -518,7 +519,7 @@ def test_dashes_in_a_file_are_unknown_and_name_the_key(overlay: Overlay) -> None
 
 def test_a_key_under_a_wrong_section_names_the_right_one(overlay: Overlay) -> None:
     path = overlay("data:\n  lr: 1.0\n")
-    assert message("--config", path) == f"{path}: lr belongs under optimizer, not under data"
+    assert message("--config", path) == f"{path}: lr belongs under optimization, not under data"
 
 
 @pytest.mark.parametrize("value", ["3", "text", "[1, 2]", "true"])
@@ -531,9 +532,9 @@ def test_a_section_with_a_value_is_refused(value: str, overlay: Overlay) -> None
     "text",
     [
         "lr: 1.0\nlr: 2.0\n",
-        "optimizer:\n  lr: 1.0\n  lr: 2.0\n",
-        "optimizer:\n  lr: 1.0\nlr: 2.0\n",
-        "optimizer:\n  lr: 1.0\noptimizer:\n  lr_cycles: 2.0\n",
+        "optimization:\n  lr: 1.0\n  lr: 2.0\n",
+        "optimization:\n  lr: 1.0\nlr: 2.0\n",
+        "optimization:\n  lr: 1.0\noptimization:\n  lr_cycles: 2.0\n",
     ],
 )
 def test_a_key_given_twice_is_refused(text: str, overlay: Overlay) -> None:

@@ -1,8 +1,9 @@
 """Checkpoints: written beside and renamed when whole, found by name, rotated, exported.
 
-A checkpoint is a folder `checkpoint-<global_step>` with `transformer/` (Diffusers, safetensors), `empty_prompt.safetensors`,
-`config.yaml`, `training_state.json` and the optimiser's state: `optimizer.safetensors`, or an engine's own shards under
-`engine/`, which are read on explicit resume only. `python -m utils.checkpoints export RUN OUT` makes a pipeline of one.
+A checkpoint is a folder `checkpoint-<global_step>` with `transformer/` (Diffusers, safetensors) or `adapter/` (peft),
+`empty_prompt.safetensors`, `config.yaml`, `training_state.json` and the optimiser's state: `optimizer.safetensors`, or an
+engine's own shards under `engine/`, which are read on explicit resume only. Where a moving average is kept, `transformer/`
+holds it and `raw_weights.safetensors` the weights to go on from. `python -m utils.checkpoints export RUN OUT` makes a pipeline of one.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save_file
 
 from dataset.trans10k import LAYOUTS
 from models.base import (
@@ -27,18 +29,19 @@ from models.base import (
     check_prompt,
     check_resolution,
     load_scheduler,
-    load_transformer,
     load_vae,
     resolve_base,
 )
+from models.lora import has_lora, save_lora
 from models.pipeline import TransparencySegmentationPipeline
 from models.prompt import EmptyPrompt
+from models.trainable import ADAPTER_FOLDER_NAME, load_trained
 from utils.config import Config, load_layer, merge_layers, to_yaml
 from utils.errors import InputError, first_line, run_command
-from utils.tensors import save_optimizer
 
 STATE_FILE_NAME = "training_state.json"
 OPTIMIZER_FILE_NAME = "optimizer.safetensors"
+RAW_WEIGHTS_FILE_NAME = "raw_weights.safetensors"
 ENGINE_FOLDER_NAME = "engine"
 CONFIG_FILE_NAME = "config.yaml"
 BEST_FILE_NAME = "best.json"
@@ -166,7 +169,8 @@ def write_checkpoint(
     transformer: SD3Transformer2DModel,
     state_dict: Mapping[str, torch.Tensor],
     prompt: EmptyPrompt,
-    optimizer: torch.optim.Optimizer | None,
+    optimizer_state: Mapping[str, torch.Tensor] | None,
+    raw_weights: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Writes a checkpoint's files into `partial`, on one process.
 
@@ -174,21 +178,27 @@ def write_checkpoint(
         partial: existing folder.
         state: of the training.
         config: resolved.
-        transformer: gives the configuration and, without an engine, the optimiser's parameter names.
-        state_dict: whole weights, gathered from the engine.
+        transformer: gives the configuration.
+        state_dict: whole weights, gathered from the engine; the moving average where there is one.
         prompt: the empty prompt.
-        optimizer: None if an engine writes its own state.
+        optimizer_state: from `gather_optimizer`; None if an engine writes its own.
+        raw_weights: to resume from, where `state_dict` is a moving average.
     """
-    transformer.save_config(partial / "transformer")
-    save_torch_state_dict(
-        dict(state_dict),
-        partial / "transformer",
-        filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
-        max_shard_size="10GB",
-    )
+    if has_lora(transformer):
+        save_lora(transformer, dict(state_dict), partial / ADAPTER_FOLDER_NAME)
+    else:
+        transformer.save_config(partial / "transformer")
+        save_torch_state_dict(
+            dict(state_dict),
+            partial / "transformer",
+            filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
+            max_shard_size="10GB",
+        )
     prompt.save_file(partial / PROMPT_FILE_NAME)
-    if optimizer is not None:
-        save_optimizer(optimizer, transformer.named_parameters(), partial / OPTIMIZER_FILE_NAME)
+    if optimizer_state is not None:
+        save_file(dict(optimizer_state), partial / OPTIMIZER_FILE_NAME)
+    if raw_weights is not None:
+        save_file(dict(raw_weights), partial / RAW_WEIGHTS_FILE_NAME)
     (partial / CONFIG_FILE_NAME).write_text(to_yaml(config, comments=False), encoding="utf-8")
     (partial / STATE_FILE_NAME).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
 
@@ -296,9 +306,11 @@ def load_pipeline(checkpoint: Path, dtype: torch.dtype) -> TransparencySegmentat
         InputError: if the checkpoint or its base cannot be loaded.
     """
     config = read_config(checkpoint)
-    base = resolve_base(config.base_model_path, ("vae", "scheduler"))
+    adapted = (checkpoint / ADAPTER_FOLDER_NAME).is_dir()
+    parts = ("vae", "scheduler", "transformer") if adapted else ("vae", "scheduler")
+    base = resolve_base(config.base_model_path, parts)
     prompt = EmptyPrompt.from_file(checkpoint / PROMPT_FILE_NAME)
-    transformer = load_transformer(checkpoint, dtype).eval()
+    transformer = load_trained(config, base, checkpoint, dtype)
     check_prompt(prompt, transformer)
     check_resolution(config.resolution, transformer)
     return build_pipeline(config, base, transformer, load_vae(base, dtype), prompt)

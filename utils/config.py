@@ -65,9 +65,24 @@ class Config:
     objective: Literal["end_to_end", "diffusion"] = key(
         "model", "end_to_end", "how the transformer is trained and read"
     )
-    data_type: Literal["bf16", "fp16", "fp32"] = key(
-        "model", "bf16", "precision of the computation; weights train in fp32"
+    data_type: Literal["bf16", "fp16", "fp32"] = key("model", "bf16", "precision of the computation")
+    weights: Literal["fp32", "bf16"] = key(
+        "model", "fp32", "precision that the weights are kept in; bf16 is rounded stochastically, half the memory"
     )
+    trainable: Literal["full", "lora"] = key(
+        "model", "full", "train all weights, or low-rank adapters of the linear layers"
+    )
+    lora_rank: PositiveInt = key("model", 16, "rank of the adapters; their scale is 1")
+    lora_targets: str = key(
+        "model",
+        "to_q,to_k,to_v,to_out.0,net.0.proj,net.2",
+        "ends of the names of the layers with adapters, with commas",
+    )
+    fold_conditioning: bool = key(
+        "model", False, "end to end: replace what timestep and prompt compute by its constants, a third of the weights"
+    )
+    drop_zero_prompt_rows: bool = key("model", False, "leave out the prompt's rows that are all zero, T5's in SD3.5")
+    compile: bool = key("model", False, "torch.compile transformer and VAE: slower start, faster steps")
     gradient_checkpointing: bool = key("model", True, "recompute activations in the backward pass to save memory")
 
     dataset_name: Literal["trans10k", "folder"] = key("data", "trans10k", "layout and mask colours of the data set")
@@ -78,6 +93,13 @@ class Config:
     augmentation: bool = key("data", True, "flip, colour jitter, blur and noise on training pictures")
     mismatched_pairs: Literal["error", "skip"] = key(
         "data", "error", "what to do with pairs whose picture and mask differ in size"
+    )
+    latent_cache: Literal["off", "disk"] = key(
+        "data", "off", "disk: compute the training latents once, then leave the VAE out of the step"
+    )
+    latent_cache_path: str = key("data", "runs/latent_cache", "folder of the latent cache", path=True)
+    latent_cache_variants: PositiveInt = key(
+        "data", 4, "augmented versions of each picture and flip in the latent cache"
     )
     dataloader_num_workers: NonNegativeInt = key("data", 4, "loader processes per training process; 0: load in place")
 
@@ -93,21 +115,27 @@ class Config:
     gradient_accumulation_steps: PositiveInt = key("training", 2, "batches per optimiser update")
     max_grad_norm: PositiveFloat | None = key("training", 1.0, "gradients are clipped to this norm; null: no clipping")
 
-    lr: PositiveFloat = key("optimizer", 2e-6, "learning rate; per sample of the effective batch if scale_lr")
-    scale_lr: bool = key("optimizer", True, "multiply lr by batch size x accumulation x processes")
-    lr_scheduler: Literal["constant", "linear", "cosine"] = key("optimizer", "cosine", "shape after the warm-up")
-    lr_cycles: PositiveFloat = key("optimizer", 3.5, "cosine periods; k + 0.5 ends at the floor")
-    min_lr_ratio: Fraction = key("optimizer", 0.1, "floor of linear and cosine, as a share of the peak rate")
+    optimizer: Literal["adamw", "adamw_8bit"] = key(
+        "optimization", "adamw", "AdamW, or with its moments in 8 bit (torchao)"
+    )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = key(
+        "optimization", None, "decay of the moving average of the weights that is validated and saved; null: none"
+    )
+    lr: PositiveFloat = key("optimization", 2e-6, "learning rate; per sample of the effective batch if scale_lr")
+    scale_lr: bool = key("optimization", True, "multiply lr by batch size x accumulation x processes")
+    lr_scheduler: Literal["constant", "linear", "cosine"] = key("optimization", "cosine", "shape after the warm-up")
+    lr_cycles: PositiveFloat = key("optimization", 3.5, "cosine periods; k + 0.5 ends at the floor")
+    min_lr_ratio: Fraction = key("optimization", 0.1, "floor of linear and cosine, as a share of the peak rate")
     lr_warmup_epochs: NonNegativeFloat | None = key(
-        "optimizer", 1.0, "linear warm-up in epochs, or else lr_warmup_steps"
+        "optimization", 1.0, "linear warm-up in epochs, or else lr_warmup_steps"
     )
     lr_warmup_steps: NonNegativeInt | None = key(
-        "optimizer", None, "linear warm-up in updates, or else lr_warmup_epochs"
+        "optimization", None, "linear warm-up in updates, or else lr_warmup_epochs"
     )
-    adam_beta1: Beta = key("optimizer", 0.9, "AdamW: decay of the first moment")
-    adam_beta2: Beta = key("optimizer", 0.999, "AdamW: decay of the second moment")
-    adam_weight_decay: NonNegativeFloat = key("optimizer", 0.0, "AdamW: decoupled weight decay")
-    adam_epsilon: PositiveFloat = key("optimizer", 1e-15, "AdamW: term added to the denominator")
+    adam_beta1: Beta = key("optimization", 0.9, "AdamW: decay of the first moment")
+    adam_beta2: Beta = key("optimization", 0.999, "AdamW: decay of the second moment")
+    adam_weight_decay: NonNegativeFloat = key("optimization", 0.0, "AdamW: decoupled weight decay")
+    adam_epsilon: PositiveFloat = key("optimization", 1e-15, "AdamW: term added to the denominator")
 
     weighting_scheme: Literal["none", "logit_normal", "mode", "sigma_sqrt", "cosmap"] = key(
         "diffusion", "logit_normal", "density and loss weight of the training sigmas (SD3 paper, section 3.1)"

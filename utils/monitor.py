@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -42,7 +43,15 @@ class TrainingMonitor:
         self._first_bad_step = torch.full((), -1, dtype=torch.int64, device=accelerator.device)
         self._recent_files: list[tuple[int, str]] = []
         self._losses: dict[str, torch.Tensor] = {}
+        self._waited_seconds = 0.0
         self._timed_step, self._timed_at = start, time.monotonic()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside towards the share in which the training waits for data."""
+        start = time.monotonic()
+        yield
+        self._waited_seconds += time.monotonic() - start
 
     def record_batch(self, step: int, losses: Mapping[str, torch.Tensor], files: Sequence[str]) -> None:
         """Adds one batch's named losses, each (B,), to the update `step` that it belongs to."""
@@ -71,10 +80,12 @@ class TrainingMonitor:
         averaged = self.accelerator.reduce(stacked, "mean").tolist()
         values = dict(zip(sorted(losses), averaged, strict=True))
         now = time.monotonic()
-        speed = (step - self._timed_step) * self.samples_per_update / max(now - self._timed_at, 1e-9)
-        self._timed_step, self._timed_at = step, now
+        seconds = max(now - self._timed_at, 1e-9)
+        speed, data_wait = (step - self._timed_step) * self.samples_per_update / seconds, self._waited_seconds / seconds
+        self._timed_step, self._timed_at, self._waited_seconds = step, now, 0.0
         norm = float("nan") if grad_norm is None else float(grad_norm)
-        self._write(step=step, epoch=epoch, lr=rate, grad_norm=norm, samples_per_second=round(speed, 2), **values)
+        speeds = {"samples_per_second": round(speed, 2), "data_wait": round(data_wait, 3)}
+        self._write(step=step, epoch=epoch, lr=rate, grad_norm=norm, **speeds, **values)
         self.bar.set_postfix_str(
             f"loss {values['loss']:.4f}, rate {rate:.2e}, grad norm {norm:.3f}, {speed:.1f} samples/s", refresh=False
         )
@@ -85,7 +96,7 @@ class TrainingMonitor:
         self._write(step=step, epoch=epoch, **scores)
         line = f"step {step}: validation IoU {scores['val_iou']:.4f}, recall {scores['val_recall']:.4f}"
         self.say(f"{line}, MSE {scores['val_mse']:.4f} on {summary['num_images']} pictures")
-        self._timed_step, self._timed_at = step, time.monotonic()
+        self._timed_step, self._timed_at, self._waited_seconds = step, time.monotonic(), 0.0
 
     def has_validated(self, step: int) -> bool:
         """Returns whether the history holds a validation of that update; the main process's answer counts."""

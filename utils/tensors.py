@@ -2,42 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
 
 
-def save_optimizer(
-    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], path: Path
-) -> None:
-    """Writes the optimiser's per-parameter state as tensors `<parameter>/<entry>`."""
+def gather_optimizer(optimizer: torch.optim.Optimizer, named_parameters: NamedParameters) -> dict[str, torch.Tensor]:
+    """Returns the optimiser's per-parameter state as whole tensors on the CPU, `<parameter>/<entry>`.
+
+    Called by all processes together where an engine shards the parameters.
+    """
     tensors = {}
     for name, parameter in named_parameters:
         for entry, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}/{entry}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    save_file(tensors, path)
+            for part, tensor in _parts(value):
+                whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                tensors[f"{name}/{entry}{part}"] = whole.detach().cpu().contiguous()
+    return tensors
 
 
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, torch.nn.Parameter]], path: Path
-) -> None:
+def save_optimizer(optimizer: torch.optim.Optimizer, named_parameters: NamedParameters, path: Path) -> None:
+    """Writes what `gather_optimizer` returns."""
+    save_file(gather_optimizer(optimizer, named_parameters), path)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, named_parameters: NamedParameters, path: Path) -> None:
     """Reads what `save_optimizer` wrote into a fresh optimiser over the same parameters.
 
     Raises:
-        ValueError: if a tensor belongs to no parameter or has another shape.
+        ValueError: if a tensor belongs to no parameter, or has another shape, or if the state is another optimiser's.
     """
-    parameters = dict(named_parameters)
+    parameters = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
     tensors = load_file(path)
     if tensors and (missing := parameters.keys() - {key.rsplit("/", 1)[0] for key in tensors}):
         raise ValueError(f"no optimiser state for {len(missing)} parameters, {min(missing)} among them")
+    packed = any("." in key.rsplit("/", 1)[1] for key in tensors)
+    if packed:
+        _start(optimizer)
     for key, value in tensors.items():
         name, entry = key.rsplit("/", 1)
         if name not in parameters:
             raise ValueError(f"optimiser state for {name}, which the model does not have")
         parameter = parameters[name]
-        if value.ndim and value.shape != parameter.shape:
+        entry, _, part = entry.partition(".")
+        state = optimizer.state[parameter]
+        if part:
+            place = getattr(state.get(entry), part, None)
+            if place is None or place.shape != value.shape:
+                raise ValueError(f"optimiser state of {name} is not in this optimiser's form")
+            place.copy_(value)
+        elif value.ndim and value.shape != parameter.shape:
             raise ValueError(f"optimiser state of {name} has shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
-        # A scalar (the step count) stays on the CPU, where torch keeps it.
-        optimizer.state[parameter][entry] = value.to(parameter.device) if value.ndim else value
+        elif value.ndim and isinstance(parameter, DTensor):
+            state[entry] = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        else:
+            # A scalar (the step count) stays on the CPU, where torch keeps it.
+            state[entry] = value.to(parameter.device) if value.ndim else value
+
+
+def _parts(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields a value's tensors: itself, or what a quantised tensor is made of."""
+    if hasattr(value, "__tensor_flatten__") and not isinstance(value, DTensor):
+        for name in value.__tensor_flatten__()[0]:
+            yield f".{name}", getattr(value, name)
+    else:
+        yield "", torch.as_tensor(value)
+
+
+def _start(optimizer: torch.optim.Optimizer) -> None:
+    """Makes the optimiser allocate its state, without moving a weight."""
+    rates = [torch.as_tensor(group["lr"]).clone() for group in optimizer.param_groups]
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = torch.zeros_like(torch.as_tensor(group["lr"])) if torch.is_tensor(group["lr"]) else 0.0
+        group["weight_decay"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate, decay in zip(optimizer.param_groups, rates, decays, strict=True):
+        group["lr"] = rate if torch.is_tensor(group["lr"]) else rate.item()
+        group["weight_decay"] = decay

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from models.prompt import EmptyPrompt
 from utils import checkpoints
 from utils.checkpoints import TrainingState
 from utils.config import Config, to_yaml
+from utils.ema import MovingAverage
 from utils.engine import uses_deepspeed
 from utils.errors import InputError, first_line
 from utils.plan import TrainingPlan
 from utils.provenance import write_provenance
-from utils.tensors import load_optimizer
+from utils.tensors import gather_optimizer, load_optimizer
 from utils.trackers import start_tracker
 
 
@@ -41,6 +44,12 @@ def find_resumed(config: Config) -> Path | None:
         return None
     found = checkpoints.find_checkpoint(config.output_dir, config.resume_from_checkpoint, "resume_from_checkpoint")
     trained = checkpoints.read_config(found)
+    for name in ("trainable", "fold_conditioning", "optimizer", "lora_rank", "lora_targets"):
+        if getattr(trained, name) != getattr(config, name):
+            raise InputError(
+                f"{found}: was trained with {name}: {getattr(trained, name)}, not {getattr(config, name)}; resume with the "
+                "run's own flags and files"
+            )
     if trained.objective != config.objective or not checkpoints.same_base(trained, config):
         raise InputError(
             f"{found}: was trained with {trained.objective} on {trained.base_model_path}, not {config.objective} on "
@@ -97,6 +106,7 @@ def save_training(
     transformer: Any,
     optimizer: Any,
     prompt: EmptyPrompt,
+    average: MovingAverage | None = None,
 ) -> None:
     """Writes a checkpoint beside the others and renames it when it is whole.
 
@@ -107,29 +117,52 @@ def save_training(
         transformer: prepared by the engine.
         optimizer: prepared by the engine.
         prompt: the empty prompt.
+        average: whose weights the checkpoint shows instead of the raw ones.
     """
     partial = checkpoints.partial_folder(config.output_dir, state.global_step)
     if accelerator.is_main_process:
         checkpoints.clean_up(config.output_dir)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    state_dict = accelerator.get_state_dict(transformer)
-    if state.engine == "deepspeed":
+    bare = accelerator.unwrap_model(transformer)
+    sharded = state.engine == "deepspeed"
+    if sharded:
         transformer.save_checkpoint(str(partial / checkpoints.ENGINE_FOLDER_NAME), tag="state")
-    if accelerator.is_main_process:
-        checkpoints.write_checkpoint(
-            partial,
-            state,
-            replace(config, resume_from_checkpoint=None),
-            accelerator.unwrap_model(transformer),
-            state_dict,
-            prompt,
-            None if state.engine == "deepspeed" else optimizer.optimizer,
-        )
+    optimizer_state = None if sharded else gather_optimizer(optimizer.optimizer, bare.named_parameters())
+    with average.in_place() if average else nullcontext() as raw_weights:
+        state_dict = accelerator.get_state_dict(transformer)
+        if accelerator.is_main_process:
+            checkpoints.write_checkpoint(
+                partial,
+                state,
+                replace(config, resume_from_checkpoint=None),
+                bare,
+                state_dict,
+                prompt,
+                optimizer_state,
+                raw_weights,
+            )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         checkpoints.publish_checkpoint(config.output_dir, state.global_step, config.checkpoints_total_limit)
     accelerator.wait_for_everyone()
+
+
+def restore_average(checkpoint: Path, average: MovingAverage) -> None:
+    """Puts a checkpoint's raw weights into the model, and what the model held, the checkpoint's average, into `average`.
+
+    A checkpoint without raw weights holds them itself; the average then starts there.
+
+    Raises:
+        InputError: naming the file that cannot be read.
+    """
+    path = checkpoint / checkpoints.RAW_WEIGHTS_FILE_NAME
+    if not path.is_file():
+        return
+    try:
+        average.load_raw(load_file(path))
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise InputError(f"{path}: cannot be resumed from ({first_line(error)}); use another checkpoint") from error
 
 
 def restore_optimizer(accelerator: Accelerator, checkpoint: Path, transformer: Any, optimizer: Any) -> None:

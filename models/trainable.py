@@ -1,0 +1,110 @@
+"""What is trained: the whole transformer, folded or not, or adapters; and how a checkpoint of it is loaded again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import SD3Transformer2DModel
+
+from models.base import check_prompt, check_resolution, load_transformer, widen_patch_projection
+from models.folding import fold, is_folded
+from models.lora import add_lora, load_lora, merge_lora
+from models.objectives import OBJECTIVES
+from models.prompt import EmptyPrompt
+from utils.config import Config
+from utils.errors import InputError
+
+ADAPTER_FOLDER_NAME = "adapter"
+
+
+def build_trainable(config: Config, base: Path, checkpoint: Path | None, prompt: EmptyPrompt) -> SD3Transformer2DModel:
+    """Loads the transformer that a run trains, from its base or, to go on, from a checkpoint.
+
+    Args:
+        config: of the run.
+        base: the base model's folder.
+        checkpoint: to go on from.
+        prompt: the empty prompt.
+
+    Raises:
+        InputError: if base, prompt, objective and configuration do not fit each other.
+    """
+    check_settings(config)
+    whole = checkpoint is not None and not (checkpoint / ADAPTER_FOLDER_NAME).is_dir()
+    transformer = load_transformer(checkpoint if whole and checkpoint else base)
+    check_prompt(prompt, transformer)
+    check_resolution(config.resolution, transformer)
+    widen_patch_projection(transformer, input_channels(config, transformer))
+    timestep = OBJECTIVES[config.objective].constant_timestep
+    if config.fold_conditioning and timestep is not None and not is_folded(transformer):
+        transformer = fold(transformer, prompt, timestep)
+    if config.weights == "bf16":
+        lower_precision(transformer, torch.bfloat16)
+    if config.trainable == "lora":
+        add_lora(transformer, config.lora_rank, config.lora_targets)
+        if checkpoint is not None:
+            load_lora(transformer, checkpoint / ADAPTER_FOLDER_NAME)
+    if config.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if config.compile:
+        compile_blocks(transformer)
+    return transformer.train()
+
+
+def check_settings(config: Config) -> None:
+    """Looks for settings that contradict each other.
+
+    Raises:
+        InputError: naming both.
+    """
+    if config.fold_conditioning and OBJECTIVES[config.objective].constant_timestep is None:
+        raise InputError(
+            f"fold_conditioning: objective: {config.objective} has a timestep that changes; leave one of the two out"
+        )
+    if config.fold_conditioning and config.trainable == "lora":
+        raise InputError(
+            "fold_conditioning: trainable: lora keeps the base's layers, folding replaces them; leave one of the two out"
+        )
+
+
+def load_trained(config: Config, base: Path, checkpoint: Path, dtype: torch.dtype) -> SD3Transformer2DModel:
+    """Loads a checkpoint's transformer for inference; adapters are merged into their base.
+
+    Args:
+        config: that the checkpoint was trained with.
+        base: folder of its base model.
+        checkpoint: folder.
+        dtype: of the weights.
+
+    Raises:
+        InputError: if a part is missing or broken.
+    """
+    adapter = checkpoint / ADAPTER_FOLDER_NAME
+    if not adapter.is_dir():
+        return load_transformer(checkpoint, dtype).eval()
+    transformer = load_transformer(base)
+    widen_patch_projection(transformer, input_channels(config, transformer))
+    add_lora(transformer, config.lora_rank, config.lora_targets)
+    load_lora(transformer, adapter)
+    merge_lora(transformer)
+    return transformer.to(dtype).eval()
+
+
+def lower_precision(transformer: SD3Transformer2DModel, dtype: torch.dtype) -> None:
+    """Casts the weights, but for those that the class keeps in fp32."""
+    kept = tuple(transformer._keep_in_fp32_modules or ())
+    for name, parameter in transformer.named_parameters():
+        if not any(part in name.split(".") for part in kept):
+            parameter.data = parameter.data.to(dtype)
+
+
+def compile_blocks(transformer: SD3Transformer2DModel) -> None:
+    """Compiles each block in place: they are alike, so the compiler works once for all of them."""
+    for block in transformer.transformer_blocks:
+        block.compile()
+
+
+def input_channels(config: Config, transformer: SD3Transformer2DModel) -> int:
+    """Returns the channels that the objective hands to the transformer; what it predicts is one set of latents."""
+    return OBJECTIVES[config.objective].in_channels_factor * int(transformer.out_channels)

@@ -1,0 +1,76 @@
+"""Fills the latent cache of a run with its own VAE, on all of its processes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from dataset.latent_cache import CachedLatents, LatentCache, fill
+from dataset.trans10k import LAYOUTS, Pair
+from models.pipeline import TransparencySegmentationPipeline
+from utils.config import Config
+
+
+def cached_latents(
+    config: Config,
+    pairs: Sequence[Pair],
+    pipeline: TransparencySegmentationPipeline,
+    accelerator: Accelerator,
+    poll_stop: Callable[[], None],
+) -> CachedLatents:
+    """Returns the training pairs as latents, after writing what the cache lacks.
+
+    Args:
+        config: of the run.
+        pairs: of the training split.
+        pipeline: whose VAE encodes.
+        accelerator: of the run.
+        poll_stop: raises to leave; what is whole is kept.
+
+    Raises:
+        InputError: if the cache is stale, damaged or does not fit the disk.
+    """
+    cache = LatentCache(
+        Path(config.latent_cache_path),
+        pairs,
+        config.resolution,
+        config.seed if config.augmentation else None,
+        config.latent_cache_variants,
+        {
+            "dataset_name": config.dataset_name,
+            "VAE": fingerprint_of_weights(pipeline.vae),
+            "data_type": config.data_type,
+        },
+    )
+    if accelerator.is_main_process:
+        cache.claim()
+    accelerator.wait_for_everyone()
+    fill(
+        cache,
+        LAYOUTS[config.dataset_name].read_label,
+        pipeline.encode_images,
+        pipeline.encode_labels,
+        batch_size=config.test_batch_size,
+        num_workers=config.dataloader_num_workers,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        poll_stop=poll_stop,
+    )
+    accelerator.wait_for_everyone()
+    return CachedLatents(cache, config.seed)
+
+
+def fingerprint_of_weights(model: Any) -> str:
+    """Returns a digest of a model's weights, whatever precision and layout they are kept in, and of its configuration."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    scaling = {name: model.config[name] for name in ("scaling_factor", "shift_factor")}
+    digest.update(str(scaling).encode())
+    return digest.hexdigest()[:16]
