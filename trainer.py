@@ -23,7 +23,7 @@ from utils.caching import cached_latents
 from utils.checkpoints import TrainingState
 from utils.config import Config, parse_config
 from utils.ema import MovingAverage
-from utils.engine import build_accelerator, clip_gradients
+from utils.engine import build_accelerator, clip_gradients, engine_name
 from utils.errors import InputError, InterruptedRunError, run_command
 from utils.evaluation import evaluate
 from utils.metrics import summarise
@@ -34,7 +34,6 @@ from utils.seeding import Stream, torch_generator
 from utils.signals import StopRequests
 from utils.trackers import check_tracker
 from utils.training_state import (
-    engine_name,
     find_resumed,
     prepare_output,
     restore_average,
@@ -230,7 +229,7 @@ class Trainer:
     def _load_data(self, train: Scan, validation: Scan | None) -> None:
         config, reader = self.config, LAYOUTS[self.config.dataset_name].read_label
         if config.latent_cache == "disk":
-            data: Any = cached_latents(config, train.pairs, self.pipeline, self.accelerator, self._leave_if_asked)
+            data: Any = cached_latents(config, train.pairs, self.pipeline, self.accelerator, self.stop.noticed)
         else:
             seed = config.seed if config.augmentation else None
             data = PairDataset(train.pairs, reader, config.resolution, augmentation_seed=seed)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from dataset.codecs import LabelReader
 from dataset.trans10k import Pair, prepare_worker
 from dataset.transforms import augment_photometry, flip, read_image, read_label
-from utils.errors import InputError, first_line
+from utils.errors import InputError, InterruptedRunError, first_line
 from utils.seeding import Stream, numpy_generator
 
 FORMAT = 1  # raised when augmentation or layout change, so that older caches are refused
@@ -204,7 +204,7 @@ def fill(
     num_workers: int = 0,
     process_index: int = 0,
     num_processes: int = 1,
-    poll_stop: Callable[[], None] = lambda: None,
+    poll_stop: Callable[[], int] = lambda: 0,
 ) -> None:
     """Writes the shards that are missing; the processes share them out.
 
@@ -217,10 +217,11 @@ def fill(
         num_workers: loader processes.
         process_index: of this process.
         num_processes: in total.
-        poll_stop: called after every pair; raises to leave.
+        poll_stop: asked after every few pairs; a non-zero exit code ends the filling.
 
     Raises:
         InputError: if a file cannot be read or the disk is full; what is whole is kept.
+        InterruptedRunError: if `poll_stop` asked for it.
     """
     missing = cache.missing_shards()
     # By number, because another process may be writing already while this one looks.
@@ -258,7 +259,8 @@ def fill(
                     largest = latents["image"][0][0, 0].numel() * BYTES_PER_VALUE
                     cache.check_disk_space(len(missing), largest)
                 bar.update(len(group))
-                poll_stop()
+                if code := poll_stop():
+                    raise InterruptedRunError("stopped while caching latents; the shards that are whole are kept", code)
             cache.write_shard(shard, torch.cat(latents["image"]), torch.cat(latents["mask"]))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
+from utils.errors import InputError
 from utils.seeding import Stream, numpy_generator
 
 
@@ -24,6 +25,9 @@ class BatchStream(Sampler[list[tuple[int, int]]]):
         num_processes: in total.
         start: first batch.
         stop: batch before which the stream ends.
+
+    Raises:
+        InputError: if there are more processes than samples.
     """
 
     def __init__(
@@ -36,6 +40,11 @@ class BatchStream(Sampler[list[tuple[int, int]]]):
         start: int = 0,
         stop: int = 0,
     ) -> None:
+        if num_processes > num_samples:
+            raise InputError(
+                f"{num_processes} processes for {num_samples} training pairs: each needs one of its own; launch at most "
+                f"{num_samples}"
+            )
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.global_batch_size = batch_size * num_processes

@@ -4,16 +4,67 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.conftest import Launch
+from tests.conftest import ROOT, Launch
 from utils.checkpoints import list_checkpoints
 from utils.history import read_history
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 DEEPSPEED = "configs/accelerate/deepspeed_cpu.yaml"
+
+
+def zero_3(folder: Path) -> str:
+    """Writes a launch file for ZeRO-3 with one process on the CPU."""
+    settings = json.loads((ROOT / "ds_config.json").read_text())
+    settings["zero_optimization"] = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+    launch_file = yaml.safe_load((ROOT / DEEPSPEED).read_text())
+    launch_file["deepspeed_config"]["deepspeed_config_file"] = str(folder / "ds_zero3.json")
+    (folder / "ds_zero3.json").write_text(json.dumps(settings))
+    (folder / "zero3.yaml").write_text(yaml.safe_dump(launch_file))
+    return str(folder / "zero3.yaml")
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_all_engines_give_the_same_losses_and_read_each_others_checkpoints(
+    flags: dict[str, object], launch: Launch, tmp_path: Path
+) -> None:
+    flags |= {"max_train_steps": 4, "save_checkpoint_steps": 4, "val_steps": 4}
+    launchers = {
+        "plain": "configs/accelerate/cpu.yaml",
+        "two processes": "configs/accelerate/cpu_2_processes.yaml",
+        "zero 2": DEEPSPEED,
+        "zero 3": zero_3(tmp_path),
+    }
+    losses, scores = {}, {}
+    for name, launcher in launchers.items():
+        share = {"train_batch_size": 1} if name == "two processes" else {}
+        launch("trainer.py", {**flags, **share, "output_dir": tmp_path / name}, launcher)
+        history = read_history(tmp_path / name / "history.csv")
+        losses[name] = [float(row["loss"]) for row in history if row["loss"]]
+        scores[name] = [float(row["val_mse"]) for row in history if row["val_mse"]]
+    for name in launchers:
+        assert len(losses[name]) == 4
+        assert losses[name] == pytest.approx(losses["plain"], rel=1e-3), name
+        assert scores[name] == pytest.approx(scores["plain"], abs=1e-3), name
+    # Every engine goes on from every other's checkpoint, and inference reads all of them.
+    for name in launchers:
+        for other, launcher in launchers.items():
+            share = {"train_batch_size": 1} if other == "two processes" else {}
+            copy = tmp_path / f"{name} to {other}"
+            (copy / "checkpoints").mkdir(parents=True)
+            shutil.copytree(tmp_path / name / "checkpoints" / "checkpoint-4", copy / "checkpoints" / "checkpoint-4")
+            resumed = {**flags, **share, "output_dir": copy, "max_train_steps": 5, "resume_from_checkpoint": "latest"}
+            done = launch("trainer.py", resumed, launcher)
+            assert list_checkpoints(copy)[-1][0] == 5
+            same_form = {name, other} <= {"plain", "two processes"} or name == other
+            assert ("the optimiser starts fresh" in done.stdout) == (not same_form), f"{name} to {other}"
+        launch("val_inference.py", {**flags, "output_dir": tmp_path / name})
 
 
 @needs_deepspeed
@@ -58,3 +109,56 @@ def test_processes_that_each_believe_to_be_alone_are_refused(
     monkeypatch.setattr(engine, "Accelerator", lambda **_: Alone())
     with pytest.raises(InputError, match="2 processes were launched but each sees 1"):
         engine.build_accelerator(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "the launch file's mixed_precision is fp16, data_type is fp32"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "the launch file's gradient_accumulation_steps is 4, the "),
+    ],
+)
+def test_a_launch_file_that_disagrees_is_refused(
+    name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from utils.config import Config
+    from utils.engine import build_accelerator
+    from utils.errors import InputError
+
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=message):
+        build_accelerator(Config(data_type="fp32"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu is 8, train_batch_size is 4"),
+        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps is 1, gradient_accumulation_steps is 2"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping is 0.5, max_grad_norm is 1.0"),
+        ({"fp16": {"enabled": True}}, "fp16 is true, data_type is bf16"),
+        ({"bf16": {"enabled": False}}, "bf16 is false, data_type is bf16"),
+    ],
+)
+def test_a_deepspeed_file_that_disagrees_is_refused(settings: dict[str, object], message: str) -> None:
+    from utils.config import Config
+    from utils.engine import _check_engine_settings
+    from utils.errors import InputError
+
+    with pytest.raises(InputError, match=message):
+        _check_engine_settings(Config(), settings)
+
+
+def test_a_deepspeed_file_that_leaves_it_open_or_agrees_is_taken() -> None:
+    from utils.config import Config
+    from utils.engine import _check_engine_settings
+
+    agreeing = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": False},
+    }
+    for settings in ({}, {name: "auto" for name in agreeing if "16" not in name}, agreeing):
+        _check_engine_settings(Config(), settings)

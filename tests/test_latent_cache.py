@@ -18,7 +18,7 @@ from dataset.latent_cache import INDEX_FILE_NAME, CachedLatents, LatentCache, fi
 from dataset.trans10k import LAYOUTS, Pair, collate, scan
 from dataset.transforms import augment_photometry, flip, read_image, read_label
 from tests.conftest import RESOLUTION, Launch
-from utils.errors import InputError
+from utils.errors import InputError, InterruptedRunError
 from utils.history import read_history
 from utils.seeding import Stream, numpy_generator
 
@@ -128,13 +128,12 @@ def test_filling_goes_on_where_it_stopped(make_cache: MakeCache) -> None:
     cache.claim()
     encoded = 0
 
-    def stop_in_the_second_shard() -> None:
+    def stop_in_the_second_shard() -> int:
         nonlocal encoded
         encoded += 1
-        if encoded == 5:
-            raise KeyboardInterrupt
+        return 143 if encoded == 5 else 0
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(InterruptedRunError, match="the shards that are whole are kept"):
         fill(cache, READER, encode_images, encode_labels, batch_size=1, poll_stop=stop_in_the_second_shard)
     assert cache.missing_shards() == [1]
     before = cache.shard_path(0).stat().st_mtime_ns
@@ -234,7 +233,7 @@ def test_a_disk_that_is_too_small_is_told_before_the_cache_is_written(
 ) -> None:
     monkeypatch.setattr(latent_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     cache = make_cache()
-    with pytest.raises(InputError, match="the latent cache needs .* GB more, 0.0 GB are free; free some"):
+    with pytest.raises(InputError, match=r"the latent cache needs .* GB more, 0.0 GB are free; free some"):
         fill_up(cache)
     assert cache.missing_shards() == [0, 1]
 

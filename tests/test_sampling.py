@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dataset.sampling import BatchStream, resumed_batch
+from utils.errors import InputError
 from utils.seeding import Stream, numpy_generator, torch_generator
 
 Batch = list[tuple[int, int]]
@@ -167,3 +168,11 @@ def test_the_numbers_of_a_seed_are_fixed_for_good() -> None:
     # A checkpoint resumes exactly only while these stay: change them knowingly.
     assert numpy_generator(Stream.ORDER, 42, 0).permutation(8).tolist() == [6, 1, 0, 2, 4, 7, 3, 5]
     assert list(Stream) == [0, 1, 2, 3]
+
+
+def test_more_processes_than_samples_are_refused() -> None:
+    BatchStream(3, 8, 0, process_index=2, num_processes=3)
+    with pytest.raises(
+        InputError, match="4 processes for 3 training pairs: each needs one of its own; launch at most 3"
+    ):
+        BatchStream(3, 8, 0, process_index=0, num_processes=4)

@@ -21,7 +21,7 @@ def cached_latents(
     pairs: Sequence[Pair],
     pipeline: TransparencySegmentationPipeline,
     accelerator: Accelerator,
-    poll_stop: Callable[[], None],
+    poll_stop: Callable[[], int],
 ) -> CachedLatents:
     """Returns the training pairs as latents, after writing what the cache lacks.
 
@@ -30,7 +30,7 @@ def cached_latents(
         pairs: of the training split.
         pipeline: whose VAE encodes.
         accelerator: of the run.
-        poll_stop: raises to leave; what is whole is kept.
+        poll_stop: of this process alone; a non-zero exit code ends the filling, what is whole is kept.
 
     Raises:
         InputError: if the cache is stale, damaged or does not fit the disk.

@@ -58,7 +58,7 @@ class TrainingState:
         global_batch_size: pictures per batch over all processes.
         num_pairs: pairs of the training split.
         num_processes: processes of the run.
-        engine: torch or deepspeed.
+        engine: whose form the optimiser's state has, see `utils.engine.engine_name`.
         grad_scaler: state of the fp16 loss scaler, if there is one.
     """
 

@@ -23,6 +23,7 @@ TESTED_ENGINES = (
     DistributedType.MULTI_GPU,
     DistributedType.MULTI_CPU,
     DistributedType.DEEPSPEED,
+    DistributedType.FSDP,
 )
 MIXED_PRECISION = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}
 
@@ -42,6 +43,7 @@ def build_accelerator(config: Config, trackers: list[str] | None = None) -> Acce
     has_cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1")
     if config.data_type == "fp16" and not has_cuda:
         raise InputError("data_type: fp16 needs a GPU; use bf16 or fp32 on this machine")
+    _check_launcher_settings(config)
     accelerator = Accelerator(
         # cpu=True turns a DeepSpeed launch silently into plain data parallelism, so only where it is the plain CPU.
         cpu=not has_cuda and not uses_deepspeed,
@@ -67,15 +69,92 @@ def build_accelerator(config: Config, trackers: list[str] | None = None) -> Acce
     if accelerator.distributed_type not in TESTED_ENGINES:
         raise InputError(
             f"the launch file asks for {accelerator.distributed_type.value}; this version trains with one process, "
-            "MULTI_GPU (DDP) or DEEPSPEED"
+            "MULTI_GPU (DDP), DEEPSPEED or FSDP"
         )
+    _check_support(config, accelerator)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         engine = accelerator.state.deepspeed_plugin.deepspeed_config
+        _check_engine_settings(config, engine)
         engine["train_micro_batch_size_per_gpu"] = config.train_batch_size
         engine["gradient_accumulation_steps"] = config.gradient_accumulation_steps
         # Accelerate fills an open value with 1.0, whatever the configuration says; 0 means no clipping.
         engine["gradient_clipping"] = config.max_grad_norm or 0.0
     return accelerator
+
+
+def _check_launcher_settings(config: Config) -> None:
+    """Compares what the launch file says once more with the configuration.
+
+    Raises:
+        InputError: naming both, if they disagree.
+    """
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", MIXED_PRECISION[config.data_type]):
+        raise InputError(
+            f"the launch file's mixed_precision is {precision}, data_type is {config.data_type}; leave it out of the launch "
+            "file, it is said in config.yaml"
+        )
+    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation not in ("1", "auto", str(config.gradient_accumulation_steps)):
+        raise InputError(
+            f"the launch file's gradient_accumulation_steps is {accumulation}, the configuration's is "
+            f"{config.gradient_accumulation_steps}; leave it out of the launch file, it is said in config.yaml"
+        )
+
+
+def _check_engine_settings(config: Config, engine: dict[str, Any]) -> None:
+    """Compares what a DeepSpeed file says once more with the configuration.
+
+    Raises:
+        InputError: naming both, if they disagree.
+    """
+    said = {
+        "train_micro_batch_size_per_gpu": ("train_batch_size", config.train_batch_size),
+        "gradient_accumulation_steps": ("gradient_accumulation_steps", config.gradient_accumulation_steps),
+        "gradient_clipping": ("max_grad_norm", config.max_grad_norm or 0.0),
+    }
+    for name, (key, value) in said.items():
+        if engine.get(name, "auto") not in ("auto", value):
+            raise InputError(
+                f"the DeepSpeed file's {name} is {engine[name]}, {key} is {value}; write auto there, it is said in config.yaml"
+            )
+    for precision in ("bf16", "fp16"):
+        enabled = engine.get(precision, {}).get("enabled", "auto")
+        if enabled not in ("auto", config.data_type == precision):
+            raise InputError(
+                f"the DeepSpeed file's {precision} is {str(enabled).lower()}, data_type is {config.data_type}; write auto there, "
+                "it is said in config.yaml"
+            )
+
+
+def _check_support(config: Config, accelerator: Accelerator) -> None:
+    """Looks for what an engine cannot do.
+
+    Raises:
+        InputError: naming key and engine.
+    """
+    name = engine_name(accelerator)
+    sharded = name == "deepspeed_zero3" or accelerator.distributed_type == DistributedType.FSDP
+    if config.ema_decay is not None and sharded:
+        raise InputError(
+            "ema_decay: the average needs whole weights on every process; use DDP or ZeRO-2, or leave it out"
+        )
+    if (config.optimizer, config.weights) != ("adamw", "fp32") and (sharded or uses_deepspeed(accelerator)):
+        raise InputError(
+            f"optimizer: {config.optimizer} with weights: {config.weights} works with one process or DDP; this engine has "
+            "its own ways to save memory"
+        )
+    if config.trainable == "lora" and sharded:
+        raise InputError(
+            "trainable: lora works with one process, DDP or ZeRO-2: adapters are small, nothing needs sharding"
+        )
+
+
+def engine_name(accelerator: Accelerator) -> str:
+    """Returns whose form the optimiser's state has: torch, or deepspeed_zero with its stage."""
+    if not uses_deepspeed(accelerator):
+        return "torch"
+    return f"deepspeed_zero{accelerator.state.deepspeed_plugin.zero_stage}"
 
 
 def uses_deepspeed(accelerator: Accelerator) -> bool:

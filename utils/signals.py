@@ -40,13 +40,17 @@ class StopRequests:
             # On the CPU over gloo, so that asking at every update does not wait for the GPU.
             self._group = torch.distributed.new_group(backend="gloo")
 
-    def poll(self) -> int:
-        """Returns the exit code that some process was asked to leave with, 0 for none; called by all of them."""
+    def noticed(self) -> int:
+        """Returns the exit code that this process was asked to leave with, 0 for none, without asking the others."""
         if not self.exit_code and self._launcher is not None and os.getppid() != self._launcher:
             self.exit_code = EXIT_SIGTERM
+        return self.exit_code
+
+    def poll(self) -> int:
+        """Returns the exit code that some process was asked to leave with, 0 for none; called by all of them."""
         if self._group is None:
-            return self.exit_code
-        answer = torch.tensor(self.exit_code)
+            return self.noticed()
+        answer = torch.tensor(self.noticed())
         torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX, group=self._group)
         self.exit_code = int(answer)
         return self.exit_code

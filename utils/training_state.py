@@ -16,17 +16,12 @@ from utils import checkpoints
 from utils.checkpoints import TrainingState
 from utils.config import Config, to_yaml
 from utils.ema import MovingAverage
-from utils.engine import uses_deepspeed
+from utils.engine import engine_name, uses_deepspeed
 from utils.errors import InputError, first_line
 from utils.plan import TrainingPlan
 from utils.provenance import write_provenance
 from utils.tensors import gather_optimizer, load_optimizer
 from utils.trackers import start_tracker
-
-
-def engine_name(accelerator: Accelerator) -> str:
-    """Returns whose form the optimiser's state has: torch or deepspeed."""
-    return "deepspeed" if uses_deepspeed(accelerator) else "torch"
 
 
 def find_resumed(config: Config) -> Path | None:
@@ -125,7 +120,7 @@ def save_training(
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
     bare = accelerator.unwrap_model(transformer)
-    sharded = state.engine == "deepspeed"
+    sharded = uses_deepspeed(accelerator)
     if sharded:
         transformer.save_checkpoint(str(partial / checkpoints.ENGINE_FOLDER_NAME), tag="state")
     optimizer_state = None if sharded else gather_optimizer(optimizer.optimizer, bare.named_parameters())
@@ -172,11 +167,11 @@ def restore_optimizer(accelerator: Accelerator, checkpoint: Path, transformer: A
         InputError: naming the file that cannot be read.
     """
     state, engine = checkpoints.read_state(checkpoint), engine_name(accelerator)
-    if state.engine != engine or (engine == "deepspeed" and state.num_processes != accelerator.num_processes):
+    if state.engine != engine or (uses_deepspeed(accelerator) and state.num_processes != accelerator.num_processes):
         accelerator.print(
             f"warning: the optimiser starts fresh, its state was written by {state.engine} with {state.num_processes} processes"
         )
-    elif engine == "deepspeed":
+    elif uses_deepspeed(accelerator):
         transformer.load_checkpoint(str(checkpoint / checkpoints.ENGINE_FOLDER_NAME), tag="state")
     else:
         path = checkpoint / checkpoints.OPTIMIZER_FILE_NAME

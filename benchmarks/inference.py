@@ -1,0 +1,150 @@
+"""Inference speed: pictures to decoded masks by the published way and the project's variants, in turn in one process."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, SD3Transformer2DModel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.subjects import SIZES, build_prompt, build_vae, matrix_rate, synchronise
+from benchmarks.training import parse, release, report
+from models.base import DTYPES
+from models.folding import fold
+from models.latents import LatentCodec
+from models.objectives import EndToEnd
+from models.trainable import compile_blocks
+from utils.errors import InputError, run_command
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of predicting; the defaults are the published one, a picture at a time.
+
+    Args:
+        name: in the table.
+        batched: pictures go through together.
+        channels_last: layout of the VAE.
+        folded: constant conditioning folded.
+        without_zero_rows: of the prompt.
+        compiled: transformer and VAE through torch.compile.
+    """
+
+    name: str
+    batched: bool = False
+    channels_last: bool = False
+    folded: bool = False
+    without_zero_rows: bool = False
+    compiled: bool = False
+
+
+WAYS = (
+    Way("published"),
+    Way("batched", batched=True),
+    Way("batched, channels last", batched=True, channels_last=True),
+    Way("batched, channels last, folded, without zero rows", True, True, True, True),
+    Way("the same, compiled", True, True, True, True, True),
+)
+
+
+class Inference:
+    """One way's prediction.
+
+    Args:
+        way: how.
+        size: a key of `SIZES`.
+        device: where.
+        dtype: of weights and computation.
+    """
+
+    def __init__(self, way: Way, size: str, device: torch.device, dtype: torch.dtype) -> None:
+        self.way, self.device, self.objective = way, device, EndToEnd({}, 3.0)
+        prompt = build_prompt(size)
+        self.prompt = (prompt.without_zero_rows() if way.without_zero_rows else prompt).to(device)
+        self.vae: AutoencoderKL = build_vae(size, device, dtype)
+        if not way.channels_last:
+            self.vae.to(memory_format=torch.contiguous_format)
+        with device:
+            transformer = SD3Transformer2DModel(**SIZES[size][1])
+        if way.folded:
+            transformer = fold(transformer, self.prompt, 1000.0)
+        self.transformer = transformer.to(dtype).eval()
+        if way.compiled:
+            compile_blocks(self.transformer)
+            self.vae.encoder.compile()
+            self.vae.decoder.compile()
+
+    @torch.no_grad()
+    def predict(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns decoded pixels (B, 3, H, W) of pictures in [-1, 1]."""
+        codec = LatentCodec(self.vae)
+        groups = [images] if self.way.batched else list(images.split(1))
+        return torch.cat(
+            [
+                codec.decode(self.objective.predict(self.transformer, codec.encode(group), self.prompt)).cpu()
+                for group in groups
+            ]
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    arguments = parse(argv, __doc__ or "", 4)
+    device, dtype = arguments.device, DTYPES[arguments.data_type]
+    known = {way.name: way for way in WAYS}
+    if unknown := [name for name in arguments.only if name not in known]:
+        raise InputError(f"--only: no way {unknown[0]!r}; there are: {'; '.join(known)}")
+    ways = [WAYS[0], *(known[name] for name in arguments.only if name != WAYS[0].name)] if arguments.only else WAYS
+    rate = matrix_rate(device, dtype)
+    side = arguments.resolution
+    images = (
+        torch.rand(arguments.batch_size, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device) * 2 - 1
+    )
+    rows: list[dict[str, Any]] = []
+    for way in ways:
+        release(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        inference = Inference(way, arguments.size, device, dtype)
+        start = time.perf_counter()
+        for _ in range(arguments.warmup):
+            inference.predict(images)
+        synchronise(device)
+        first_seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        for _ in range(arguments.steps):
+            inference.predict(images)
+        synchronise(device)
+        seconds = (time.perf_counter() - start) / arguments.steps
+        flops = None
+        if not way.compiled:
+            with FlopCounterMode(display=False) as counter:
+                inference.predict(images)
+            flops = counter.get_total_flops()
+        rows.append(
+            {
+                "way": way.name,
+                "images_per_second": arguments.batch_size / seconds,
+                "first_batches_seconds": first_seconds,
+                "flops_per_image": flops / arguments.batch_size if flops else None,
+                "share_of_matrix_rate": flops / seconds / rate if flops else None,
+                "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+            }
+        )
+        del inference
+    lines = ["| way | images/s | ratio | TFLOP an image | of peak | peak GB |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        ratio = row["images_per_second"] / rows[0]["images_per_second"]
+        cells = [row["way"], f"{row['images_per_second']:.2f}", f"{ratio:.2f}"]
+        cells.append(f"{row['flops_per_image'] / 1e12:.2f}" if row["flops_per_image"] else "-")
+        cells.append(f"{row['share_of_matrix_rate']:.0%}" if row["share_of_matrix_rate"] else "-")
+        cells.append(f"{row['peak_memory_bytes'] / 1e9:.1f}" if row["peak_memory_bytes"] else "-")
+        lines.append("| " + " | ".join(cells) + " |")
+    report(arguments, rows, "\n".join(lines), matrix_flops_per_second=rate)
+
+
+if __name__ == "__main__":
+    run_command(main)

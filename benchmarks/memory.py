@@ -1,0 +1,58 @@
+"""The smallest card that each recipe fits: peak memory of a training update at batch 1, in turn in one process.
+
+Counted is what the allocator held at once, without the driver's own part (about half a gigabyte).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from benchmarks.subjects import Training
+from benchmarks.training import chosen, parse, release, report
+from models.base import DTYPES
+from models.latents import DOWNSCALE
+from utils.errors import InputError, run_command
+
+CARDS_GB = (8, 10, 12, 16, 24, 32, 40, 48, 80, 141)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    arguments = parse(argv, __doc__ or "", 1)
+    device = arguments.device
+    if device.type != "cuda":
+        raise InputError(
+            "memory is counted by the GPU's allocator, and this machine has no GPU; run it where there is one"
+        )
+    rows: list[dict[str, Any]] = []
+    side = arguments.resolution
+    shape = (arguments.batch_size, 3, side, side)
+    latents = (arguments.batch_size, 16, side // DOWNSCALE, side // DOWNSCALE)
+    batch = {"image": torch.rand(shape) * 2 - 1, "mask": torch.rand(shape) * 2 - 1}
+    batch |= {"image_latents": torch.randn(latents), "mask_latents": torch.randn(latents)}
+    for recipe in chosen(arguments.only):
+        release(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            training = Training(recipe, arguments.size, device, DTYPES[arguments.data_type])
+            for _ in range(arguments.warmup):
+                training.step(batch)
+            peak = torch.cuda.max_memory_allocated(device)
+            rows.append({"recipe": recipe.name, "peak_memory_bytes": peak})
+            del training
+        except InputError as error:
+            print(f"{recipe.name}: left out, {error}")
+        except torch.OutOfMemoryError:
+            print(f"{recipe.name}: left out, it does not fit this device")
+    lines = ["| recipe | peak GB | smallest card |", "|---|---|---|"]
+    for row in rows:
+        needed = row["peak_memory_bytes"] / 1e9
+        card = next((f"{size} GB" for size in CARDS_GB if needed + 0.5 < size), "none")
+        lines.append(f"| {row['recipe']} | {needed:.1f} | {card} |")
+    report(arguments, rows, "\n".join(lines))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,161 @@
+"""Every way of training resumes exactly, is scored, and is exported as a pipeline that needs nothing beside it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models.pipeline import TransparencySegmentationPipeline
+from models.trainable import build_trainable, load_trained
+from tests.conftest import Launch, make_prompt
+from tests.test_training import WEIGHTS
+from utils.checkpoints import export, load_pipeline
+from utils.config import Config
+from utils.errors import InputError
+from utils.history import read_history
+
+WAYS: dict[str, dict[str, object]] = {
+    "folded": {"fold_conditioning": "true"},
+    "average": {"ema_decay": 0.9},
+    "adapters": {"trainable": "lora", "lora_rank": 4},
+    "diffusion adapters": {"trainable": "lora", "objective": "diffusion"},
+    "folded average": {"fold_conditioning": "true", "ema_decay": 0.9},
+}
+
+
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Returns all tensors of a checkpoint by file and name."""
+    return {
+        f"{path.relative_to(checkpoint)}: {name}": value
+        for path in sorted(checkpoint.rglob("*.safetensors"))
+        for name, value in load_file(path).items()
+    }
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_way_resumes_exactly_is_scored_and_exported(
+    way: str, flags: dict[str, object], launch: Launch, tmp_path: Path
+) -> None:
+    if "adapters" in way:
+        pytest.importorskip("peft")
+    flags |= {**WAYS[way], "val_steps": 3}
+    launch("trainer.py", flags)
+    whole, parts = tmp_path / "run", tmp_path / "parts"
+    (parts / "checkpoints").mkdir(parents=True)
+    shutil.copytree(whole / "checkpoints" / "checkpoint-3", parts / "checkpoints" / "checkpoint-3")
+    launch("trainer.py", {**flags, "output_dir": parts, "resume_from_checkpoint": "latest"})
+    left, right = (tensors_of(run / "checkpoints" / "checkpoint-6") for run in (whole, parts))
+    assert left.keys() == right.keys()
+    assert all(left[name].equal(right[name]) for name in left)
+
+    done = launch("val_inference.py", {**flags, "load_checkpoint": "checkpoint-6"})
+    assert "mix" in done.stdout
+    # What was scored while training and what the checkpoint gives later are one thing.
+    validated = [float(row["val_iou"]) for row in read_history(whole / "history.csv") if row["val_iou"]]
+    assert len(validated) == 2
+    best = json.loads((whole / "checkpoints" / "best.json").read_text())
+    assert best["iou"] == max(validated)
+
+    checkpoint = export(whole, tmp_path / "exported", name="checkpoint-6")
+    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected = load_pipeline(checkpoint, torch.float32)(images)
+    found = TransparencySegmentationPipeline.from_pretrained(tmp_path / "exported")(images)
+    torch.testing.assert_close(found.predictions, expected.predictions, rtol=0, atol=0)
+
+
+def test_the_average_is_what_a_checkpoint_shows(flags: dict[str, object], launch: Launch, tmp_path: Path) -> None:
+    launch("trainer.py", flags)
+    launch("trainer.py", {**flags, "ema_decay": 0.9, "output_dir": tmp_path / "average"})
+    plain, average = (tmp_path / run / "checkpoints" / "checkpoint-6" for run in ("run", "average"))
+    raw, shown, trained = (
+        load_file(path) for path in (average / "raw_weights.safetensors", average / WEIGHTS, plain / WEIGHTS)
+    )
+    assert all(raw[name].equal(trained[name]) for name in raw)  # averaging does not change the training
+    assert any(not raw[name].equal(shown[name]) for name in raw)
+
+
+def test_folded_training_starts_from_the_same_loss(flags: dict[str, object], launch: Launch, tmp_path: Path) -> None:
+    flags |= {"max_train_steps": 3, "val_steps": "null"}
+    launch("trainer.py", flags)
+    launch("trainer.py", {**flags, "fold_conditioning": "true", "output_dir": tmp_path / "folded"})
+    whole, folded = (read_history(tmp_path / run / "history.csv") for run in ("run", "folded"))
+    assert float(folded[0]["loss"]) == pytest.approx(float(whole[0]["loss"]), rel=1e-5)
+    config = json.loads(
+        (tmp_path / "folded" / "checkpoints" / "checkpoint-3" / "transformer" / "config.json").read_text()
+    )
+    assert config["_class_name"] == "FoldedSD3Transformer2DModel"
+
+
+def test_dropped_rows_stay_dropped_at_inference(
+    base: Path, flags: dict[str, object], launch: Launch, tmp_path: Path
+) -> None:
+    from models.prompt import EmptyPrompt
+
+    prompt = make_prompt()
+    rows = torch.cat([prompt.prompt_embeds.data, torch.zeros(1, 4, 32)], dim=1)
+    EmptyPrompt.from_tensors(rows, prompt.pooled_prompt_embeds.data).save_file(tmp_path / "prompt.safetensors")
+    flags |= {"prompt_embeds_path": tmp_path / "prompt.safetensors", "max_train_steps": 3, "val_steps": "null"}
+    launch("trainer.py", {**flags, "drop_zero_prompt_rows": "true"})
+    stored = load_file(tmp_path / "run" / "checkpoints" / "checkpoint-3" / "empty_prompt.safetensors")
+    assert stored["prompt_embeds"].equal(prompt.prompt_embeds.data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"fold_conditioning": True, "objective": "diffusion"},
+            "fold_conditioning: objective: diffusion has a timestep",
+        ),
+        (
+            {"fold_conditioning": True, "trainable": "lora"},
+            "fold_conditioning: trainable: lora keeps the base's layers",
+        ),
+    ],
+)
+def test_settings_at_odds_are_refused(changes: dict[str, object], message: str, base: Path) -> None:
+    config = replace(Config(), resolution=32, **changes)
+    with pytest.raises(InputError, match=message):
+        build_trainable(config, base, None, make_prompt())
+
+
+def test_weights_in_bf16_keep_folded_vectors_in_fp32(base: Path) -> None:
+    config = replace(Config(), resolution=32, weights="bf16", fold_conditioning=True)
+    dtypes = {
+        name: value.dtype for name, value in build_trainable(config, base, None, make_prompt()).named_parameters()
+    }
+    kept = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert kept == {name for name in dtypes if name.endswith(".vector") or ".rows." in name}
+
+
+@pytest.mark.parametrize("change", [{"fold_conditioning": "true"}, {"trainable": "lora"}, {"optimizer": "adamw_8bit"}])
+def test_a_run_is_not_resumed_another_way(change: dict[str, object], flags: dict[str, object], launch: Launch) -> None:
+    flags |= {"max_train_steps": 3, "val_steps": "null"}
+    launch("trainer.py", flags)
+    done = launch("trainer.py", {**flags, **change, "resume_from_checkpoint": "latest", "max_train_steps": 6}, check=2)
+    (name,) = change
+    assert f"was trained with {name}: " in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
+
+
+def test_adapters_need_their_base(flags: dict[str, object], launch: Launch, tmp_path: Path, base: Path) -> None:
+    pytest.importorskip("peft")
+    copy = tmp_path / "base"
+    shutil.copytree(base, copy)
+    launch(
+        "trainer.py", {**flags, "base_model_path": copy, "trainable": "lora", "max_train_steps": 3, "val_steps": "null"}
+    )
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-3"
+    assert not (checkpoint / "transformer").exists()
+    shutil.rmtree(copy / "transformer")
+    with pytest.raises(InputError, match="transformer missing"):
+        load_pipeline(checkpoint, torch.float32)
+    config = replace(Config(), trainable="lora")
+    with pytest.raises(InputError):
+        load_trained(config, copy, checkpoint, torch.float32)
