@@ -71,7 +71,7 @@ class Inference:
             transformer = SD3Transformer2DModel(**SIZES[size][1])
         if way.folded:
             transformer = fold(transformer, self.prompt, 1000.0)
-        self.transformer = transformer.to(dtype).eval()
+        self.transformer = transformer.to(dtype).requires_grad_(False).eval()
         if way.compiled:
             compile_blocks(self.transformer)
             self.vae.encoder.compile()
