@@ -57,7 +57,9 @@ class Trainer:
         self._load_models()
         self._make_plan(train)
         self._load_data(train, validation)
-        num_parameters = sum(parameter.numel() for parameter in self.transformer.parameters())
+        num_parameters = sum(
+            parameter.numel() for parameter in self.transformer.parameters() if parameter.requires_grad
+        )
         prepare_output(accelerator, config, self.plan, num_parameters, self.global_step)
         self.optimizer = build_optimizer(self.transformer, config, self.plan.peak_rate)
         self.average = MovingAverage(self.transformer, config.ema_decay) if config.ema_decay else None
@@ -151,6 +153,8 @@ class Trainer:
         """Scores the validation split; a new best checkpoint is saved at once."""
         if self.validation_data is None:
             return
+        vae_device = self.pipeline.vae.device
+        self.pipeline.vae.to(self.accelerator.device)
         self.transformer.eval()
         with self.average.in_place() if self.average else nullcontext():
             scores = evaluate(
@@ -164,6 +168,7 @@ class Trainer:
                 description="validation",
             )
         self.transformer.train()
+        self.pipeline.vae.to(vae_device)
         summary = summarise(scores)
         # One process decides: saving is collective, and a shared disk may show each process another state.
         best = checkpoints.read_best(self.config.output_dir)
@@ -193,7 +198,7 @@ class Trainer:
                 if self.resumed
                 else load_prompt(config.base_model_path, config.prompt_embeds_path)
             ).to(device)
-        vae = load_vae(base, DTYPES[config.data_type]).to(device)
+        vae = load_vae(base, DTYPES[config.data_type], config.compile).to(device)
         if config.drop_zero_prompt_rows:
             self.prompt = self.prompt.without_zero_rows()
         self.transformer = build_trainable(config, base, self.resumed, self.prompt)
@@ -230,6 +235,7 @@ class Trainer:
         config, reader = self.config, LAYOUTS[self.config.dataset_name].read_label
         if config.latent_cache == "disk":
             data: Any = cached_latents(config, train.pairs, self.pipeline, self.accelerator, self.stop.noticed)
+            self.pipeline.vae.to("cpu")  # until validation
         else:
             seed = config.seed if config.augmentation else None
             data = PairDataset(train.pairs, reader, config.resolution, augmentation_seed=seed)

@@ -69,7 +69,9 @@ def main() -> None:
     accelerator.print(found)
     resolution = config.resolution if "resolution" in flags else trained.resolution
     with accelerator.local_main_process_first():
-        pipeline: TransparencySegmentationPipeline = checkpoints.load_pipeline(checkpoint, DTYPES[config.data_type])
+        pipeline: TransparencySegmentationPipeline = checkpoints.load_pipeline(
+            checkpoint, DTYPES[config.data_type], config.compile
+        )
     check_resolution(resolution, pipeline.transformer)
     pipeline.to(accelerator.device)
 

@@ -9,6 +9,8 @@ import torch
 from diffusers import AutoencoderKL
 
 DOWNSCALE = 8
+# The VAE's activations are its large part (about 1.5 GB for a picture of 1024 px in bf16), and a picture that size fills a GPU.
+PIXELS_PER_CALL = 4 * 1024 * 1024
 
 
 class LatentCodec:
@@ -40,9 +42,12 @@ class LatentCodec:
             raise ValueError(
                 f"expected pixels (B, 3, H, W) with H and W multiples of {DOWNSCALE}, got {tuple(pixels.shape)}"
             )
-        pixels = pixels.to(self.vae.dtype, memory_format=torch.channels_last)
-        mode = self.vae.encode(pixels).latent_dist.mode()
-        return (mode.float().contiguous() - self.shift_factor) * self.scaling_factor
+        chunks = pixels.split(max(1, PIXELS_PER_CALL // pixels[0, 0].numel()))
+        modes = [
+            self.vae.encode(chunk.to(self.vae.dtype, memory_format=torch.channels_last)).latent_dist.mode()
+            for chunk in chunks
+        ]
+        return (torch.cat(modes).float().contiguous() - self.shift_factor) * self.scaling_factor
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Returns the decoded pixels of `latents / scaling_factor + shift_factor`; gradients flow through.
@@ -54,7 +59,12 @@ class LatentCodec:
             Pixels (B, 3, 8h, 8w), float32, about [-1, 1], not clamped.
         """
         z = latents.float() / self.scaling_factor + self.shift_factor
-        return self.vae.decode(z.to(self.vae.dtype, memory_format=torch.channels_last)).sample.float().contiguous()
+        chunks = z.split(max(1, PIXELS_PER_CALL // (DOWNSCALE**2 * z[0, 0].numel())))
+        pixels = [
+            self.vae.decode(chunk.to(self.vae.dtype, memory_format=torch.channels_last)).sample.float().contiguous()
+            for chunk in chunks
+        ]
+        return torch.cat(pixels)
 
 
 class LatentBatches:

@@ -35,7 +35,7 @@ from models.base import (
 from models.lora import has_lora, save_lora
 from models.pipeline import TransparencySegmentationPipeline
 from models.prompt import EmptyPrompt
-from models.trainable import ADAPTER_FOLDER_NAME, load_trained
+from models.trainable import ADAPTER_FOLDER_NAME, compile_blocks, load_trained
 from utils.config import Config, load_layer, merge_layers, to_yaml
 from utils.errors import InputError, first_line, run_command
 
@@ -299,8 +299,13 @@ def build_pipeline(
     return TransparencySegmentationPipeline(transformer, vae, load_scheduler(base), prompt, codec=codec, **settings)
 
 
-def load_pipeline(checkpoint: Path, dtype: torch.dtype) -> TransparencySegmentationPipeline:
+def load_pipeline(checkpoint: Path, dtype: torch.dtype, compiled: bool = False) -> TransparencySegmentationPipeline:
     """Loads a checkpoint as a pipeline: its transformer and prompt, and the VAE and scheduler of its base.
+
+    Args:
+        checkpoint: folder.
+        dtype: of the weights.
+        compiled: whether transformer and VAE run through torch.compile.
 
     Raises:
         InputError: if the checkpoint or its base cannot be loaded.
@@ -313,7 +318,9 @@ def load_pipeline(checkpoint: Path, dtype: torch.dtype) -> TransparencySegmentat
     transformer = load_trained(config, base, checkpoint, dtype)
     check_prompt(prompt, transformer)
     check_resolution(config.resolution, transformer)
-    return build_pipeline(config, base, transformer, load_vae(base, dtype), prompt)
+    if compiled:
+        compile_blocks(transformer)
+    return build_pipeline(config, base, transformer, load_vae(base, dtype, compiled), prompt)
 
 
 def export(run: Path, out: Path, name: str = "best", data_type: str = "fp32") -> Path:

@@ -63,7 +63,7 @@ def prepare_output(
         accelerator: of the run.
         config: resolved.
         plan: of the run.
-        num_parameters: of the transformer.
+        num_parameters: that are trained.
         global_step: updates done; checkpoints beyond it are set aside.
 
     Raises:
@@ -88,10 +88,17 @@ def prepare_output(
             num_parameters,
             config.checkpoints_total_limit,
             num_saves=1 + max(0, plan.total_steps - global_step) // (plan.save_steps or plan.total_steps),
-            bytes_per_parameter=20 if uses_deepspeed(accelerator) else 12,
+            bytes_per_parameter=20 if uses_deepspeed(accelerator) else bytes_per_parameter(config),
         )
     accelerator.wait_for_everyone()
     start_tracker(accelerator, config)
+
+
+def bytes_per_parameter(config: Config) -> int:
+    """Returns what a trained parameter takes in a checkpoint: itself, its two moments, and its raw value beside an average."""
+    weight = {"fp32": 4, "bf16": 2}[config.weights]
+    moments = 2 if config.optimizer == "adamw_8bit" else 2 * weight
+    return weight + moments + (weight if config.ema_decay is not None else 0)
 
 
 def save_training(
