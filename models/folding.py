@@ -116,7 +116,7 @@ class FoldedSD3Transformer2DModel(SD3Transformer2DModel):
             norm.linear = ConstantVector(norm.linear.out_features)
 
 
-def modulated_norms(transformer: SD3Transformer2DModel) -> Iterator[nn.Module]:
+def modulated_norms(transformer: SD3Transformer2DModel) -> Iterator[Any]:
     """Yields the norm layers whose `linear` turns the timestep's embedding into shifts, scales and gates."""
     for block in transformer.transformer_blocks:
         yield block.norm1

@@ -91,7 +91,7 @@ def load_lora(transformer: SD3Transformer2DModel, folder: Path) -> None:
     try:
         tensors = load_file(path)
         whole = {name: tensors.pop(name) for name in list(tensors) if name.startswith(f"{ALWAYS_TRAINED}.")}
-        answer = set_peft_model_state_dict(transformer, tensors)
+        answer: Any = set_peft_model_state_dict(transformer, tensors)
         own = transformer.state_dict()
         if answer.unexpected_keys or any("lora_" in name for name in answer.missing_keys):
             raise ValueError("its layers are not those of lora_rank and lora_targets")

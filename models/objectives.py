@@ -63,7 +63,7 @@ class EndToEnd:
         num_inference_steps: int = 1,
     ) -> torch.Tensor:
         """Returns predicted target latents (B, C, h, w), float32; generator and steps have no effect."""
-        timesteps = condition_latents.new_full((len(condition_latents),), self.constant_timestep)
+        timesteps = condition_latents.new_full((len(condition_latents),), float(flow.NUM_TRAIN_TIMESTEPS))
         return call_transformer(transformer, condition_latents, timesteps, prompt)
 
     def loss(
