@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import ModelMixin, SD3Transformer2DModel  # noqa: F401  a pipeline finds a part's loader by ModelMixin here
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 

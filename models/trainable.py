@@ -88,7 +88,8 @@ def load_trained(config: Config, base: Path, checkpoint: Path, dtype: torch.dtyp
     add_lora(transformer, config.lora_rank, config.lora_targets)
     load_lora(transformer, adapter)
     merge_lora(transformer)
-    return transformer.to(dtype).eval()
+    lower_precision(transformer, dtype)
+    return transformer.eval()
 
 
 def lower_precision(transformer: SD3Transformer2DModel, dtype: torch.dtype) -> None:

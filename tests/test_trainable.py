@@ -66,7 +66,8 @@ def test_each_way_resumes_exactly_is_scored_and_exported(
     images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     expected = load_pipeline(checkpoint, torch.float32)(images)
     found = TransparencySegmentationPipeline.from_pretrained(tmp_path / "exported")(images)
-    torch.testing.assert_close(found.predictions, expected.predictions, rtol=0, atol=0)
+    tolerance = 1e-5 if "adapters" in way else 0  # merged weights lie in memory otherwise than loaded ones
+    torch.testing.assert_close(found.predictions, expected.predictions, rtol=tolerance, atol=tolerance)
 
 
 def test_the_average_is_what_a_checkpoint_shows(flags: dict[str, object], launch: Launch, tmp_path: Path) -> None:
