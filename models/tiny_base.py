@@ -43,13 +43,13 @@ VAE_CONFIG: dict[str, Any] = {
 }
 TRANSFORMER_CONFIG: dict[str, Any] = {
     "sample_size": 16,
-    "patch_size": 2,
+    "patch_size": 1,  # at 128 px a mask needs every one of the 16 x 16 latents as a token
     "in_channels": 16,
     "out_channels": 16,
     "num_layers": 6,
-    "attention_head_dim": 64,
-    "num_attention_heads": 3,
-    "caption_projection_dim": 192,
+    "attention_head_dim": 32,
+    "num_attention_heads": 4,
+    "caption_projection_dim": 128,
     "joint_attention_dim": 64,
     "pooled_projection_dim": 64,
     "pos_embed_max_size": 64,
@@ -61,6 +61,7 @@ SHIFT = 3.0  # of the scheduler, as in SD3.5
 NUM_VARIANTS = 8  # crops of each picture that the transformer is pretrained on
 KL_WEIGHT = 1e-4
 PICTURE_WEIGHT = 4.0  # masks are so easy that they would crowd the pictures out
+COLOUR_WEIGHT = 100.0
 LATENT_NOISE = 0.08  # of the latents' standard deviation: predicted latents are never exact, so decoding must forgive
 EMA_DECAY = 0.999
 CROPPED_SHARE = 0.85  # of the VAE's updates
@@ -172,20 +173,30 @@ def train_vae(
         full = images.shape[-1]
         # Crops cost a quarter, and all but the attention in the middle is local; the last part sees whole pictures.
         side, count = (full // 2, 4) if step < CROPPED_SHARE * steps else (full, 1)
-        num_images, num_masks = count * batch_size // 2, count * batch_size // 8
+        num_images, num_masks = count * batch_size // 2, count * batch_size // 4
         pixels = _draw(images, num_images, side, generator) / 127.5 - 1
         masks = _draw(labels[:, None], num_masks, side, generator) * 2.0 - 1
         batch = torch.cat([pixels, masks.expand(-1, 3, -1, -1)]).to(_device(), memory_format=torch.channels_last)
         posterior = vae.encode(batch).latent_dist
         latents = posterior.mode()
+        # A regressed latent is a mean over the masks that a picture may have, so mixed latents must decode to mixed masks.
+        shares = torch.rand(num_masks, 1, 1, 1, generator=generator)
+        shares[::2] = 1.0
+        weights = torch.cat([torch.ones(num_images, 1, 1, 1), shares]).to(latents.device)
+        latents, batch = (weights * x + (1 - weights) * x.roll(1, dims=0) for x in (latents, batch))
+        # Masks alone: on pictures it would hide what varies little, such as green against purple.
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+        noise[:num_images] = 0
         decoded = vae.decode(latents + noise * LATENT_NOISE * latents.detach().float().std()).sample.float()
         error = (decoded - batch).abs()
         # Fine detail (refraction, edges) is what the task needs and what a plain pixel error neglects.
         detail = sum((decoded - batch)[:num_images].diff(dim=axis).abs().mean() for axis in (2, 3)) * PICTURE_WEIGHT / 2
+        # Colour is a small part of the error, and the absolute error is content with grey where most pictures are grey.
+        tint = (decoded - batch)[:num_images]
+        colour = (tint - tint.mean(dim=1, keepdim=True)).square().mean() * COLOUR_WEIGHT
         # The prior acts on the mode alone: it only keeps the latents' scale from drifting.
         prior = latents.float().square().mean()
-        return PICTURE_WEIGHT * error[:num_images].mean() + error[num_images:].mean() + detail + KL_WEIGHT * prior
+        return PICTURE_WEIGHT * error[:num_images].mean() + error[num_images:].mean() + detail + colour + KL_WEIGHT * prior
 
     vae.load_state_dict(fit(vae, loss_at, steps, 1.5e-3, folder, data_type))
     with torch.no_grad():
@@ -211,6 +222,7 @@ def pretrain_transformer(
     batch_size: int,
     data_type: torch.dtype,
     seed: int,
+    compiled: bool = False,
 ) -> tuple[SD3Transformer2DModel, EmptyPrompt]:
     """Pretrains the transformer as an unconditional rectified-flow generator of the pictures' latents.
 
@@ -222,6 +234,7 @@ def pretrain_transformer(
         batch_size: pictures per update.
         data_type: of the autocast.
         seed: of weights and draws.
+        compiled: whether to run the transformer through torch.compile.
     """
     torch.manual_seed(seed + 1)
     transformer = SD3Transformer2DModel(**TRANSFORMER_CONFIG).to(_device())
@@ -229,6 +242,8 @@ def pretrain_transformer(
         torch.randn(1, NUM_PROMPT_TOKENS, TRANSFORMER_CONFIG["joint_attention_dim"]),
         torch.randn(1, TRANSFORMER_CONFIG["pooled_projection_dim"]),
     ).to(_device())
+    if compiled:
+        transformer.compile()
     codec = LatentCodec(vae)
     latents = torch.cat(
         [codec.encode(chunk.to(_device()) / 127.5 - 1).cpu() for chunk in _varied(images, seed).split(64)]
@@ -298,13 +313,14 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder of the base model; states lie beside it, in OUT.work")
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="data sets whose training splits are read")
     parser.add_argument("--resolution", type=int, default=128, help="side of the pictures in pixels [128]")
-    parser.add_argument("--vae_steps", type=int, default=2300, help="updates of the VAE [2300]")
-    parser.add_argument("--transformer_steps", type=int, default=6500, help="updates of the transformer [6500]")
+    parser.add_argument("--vae_steps", type=int, default=8500, help="updates of the VAE [8500]")
+    parser.add_argument("--transformer_steps", type=int, default=4500, help="updates of the transformer [4500]")
     parser.add_argument("--batch_size", type=int, default=8, help="of the VAE; the transformer takes 4x [8]")
     parser.add_argument(
         "--data_type", choices=("fp32", "bf16"), default="bf16", help="precision of the training [bf16]"
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights and draws [0]")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer; needs a C++ compiler")
     parser.add_argument("--check", action="store_true", help="only score how test masks survive the VAE of OUT")
     arguments = parser.parse_args()
     dtype = torch.bfloat16 if arguments.data_type == "bf16" else torch.float32
@@ -332,6 +348,7 @@ def main() -> None:
         4 * arguments.batch_size,
         dtype,
         arguments.seed,
+        arguments.compile,
     )
     transformer.half().save_pretrained(arguments.out / "transformer")
     FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_pretrained(arguments.out / "scheduler")

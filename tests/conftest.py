@@ -158,7 +158,12 @@ def launch() -> Launch:
     """Runs an entry point: `launch("trainer.py", flags, launcher=None or a launch file)`."""
 
     def run(
-        script: str, flags: dict[str, object], launcher: str | None = None, check: int | None = 0, timeout: float = 300
+        script: str,
+        flags: dict[str, object],
+        launcher: str | None = None,
+        check: int | None = 0,
+        timeout: float = 300,
+        threads: int = 1,
     ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable]
         if launcher is not None:
@@ -167,7 +172,7 @@ def launch() -> Launch:
             [*command, str(ROOT / script), *arguments_of(flags)],
             capture_output=True,
             text=True,
-            env=environment(),
+            env={**environment(), "OMP_NUM_THREADS": str(threads)},
             timeout=timeout,
         )
         if check is not None:
