@@ -46,6 +46,6 @@ clean:
 	$(PIP) -r requirements-dev.txt -r requirements-render.txt -r requirements-trackers.txt
 	touch $@
 
-.venv/slow.stamp: .venv/dev.stamp requirements-deepspeed.txt
-	$(PIP) -r requirements-deepspeed.txt
+.venv/slow.stamp: .venv/dev.stamp requirements-deepspeed.txt requirements-memory.txt
+	$(PIP) -r requirements-deepspeed.txt -r requirements-memory.txt
 	touch $@

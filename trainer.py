@@ -30,7 +30,7 @@ from utils.metrics import summarise
 from utils.monitor import TrainingMonitor
 from utils.optimizers import build_optimizer, set_rate
 from utils.plan import TrainingPlan
-from utils.seeding import Stream, torch_generator
+from utils.seeding import Stream, reseed, torch_generator
 from utils.signals import StopRequests
 from utils.trackers import check_tracker
 from utils.training_state import (
@@ -85,7 +85,7 @@ class Trainer:
             self.config.log_steps,
         )
         encode = (self.pipeline.encode_images, self.pipeline.encode_labels)
-        batches = iter(LatentBatches(self.loader, *encode, self.accelerator.device))
+        batches = iter(LatentBatches(self.monitor.timed(self.loader), *encode, self.accelerator.device))
         try:
             if (
                 self.resumed
@@ -118,10 +118,10 @@ class Trainer:
         """One optimiser update over `gradient_accumulation_steps` batches."""
         rate = self.plan.rate(self.global_step)
         set_rate(self.optimizer, rate)
+        reseed(Stream.ROUNDING, self.config.seed, self.global_step)
         grad_norm = None
         for _ in range(self.config.gradient_accumulation_steps):
-            with self.monitor.waiting():
-                batch = next(batches)
+            batch = next(batches)
             with self.accelerator.accumulate(self.transformer):
                 losses = self._losses(batch)
                 self.accelerator.backward(losses["loss"].mean())

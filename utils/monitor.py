@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -46,12 +46,16 @@ class TrainingMonitor:
         self._waited_seconds = 0.0
         self._timed_step, self._timed_at = start, time.monotonic()
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the time inside towards the share in which the training waits for data."""
-        start = time.monotonic()
-        yield
-        self._waited_seconds += time.monotonic() - start
+    def timed(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Yields the batches, and counts the time that the training waits for them."""
+        iterator = iter(batches)
+        while True:
+            start = time.monotonic()
+            batch = next(iterator, None)
+            self._waited_seconds += time.monotonic() - start
+            if batch is None:
+                return
+            yield batch
 
     def record_batch(self, step: int, losses: Mapping[str, torch.Tensor], files: Sequence[str]) -> None:
         """Adds one batch's named losses, each (B,), to the update `step` that it belongs to."""

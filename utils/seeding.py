@@ -15,6 +15,7 @@ class Stream(IntEnum):
     AUGMENTATION = 1
     TRAINING_NOISE = 2
     INFERENCE_NOISE = 3
+    ROUNDING = 4
 
 
 def numpy_generator(stream: Stream, seed: int, *position: int) -> np.random.Generator:
@@ -24,5 +25,14 @@ def numpy_generator(stream: Stream, seed: int, *position: int) -> np.random.Gene
 
 def torch_generator(stream: Stream, seed: int, *position: int) -> torch.Generator:
     """Returns a CPU torch generator for (stream, seed, position), for instance position = (epoch, index)."""
+    return torch.Generator().manual_seed(_seed(stream, seed, *position))
+
+
+def reseed(stream: Stream, seed: int, *position: int) -> None:
+    """Seeds torch's own generators, for a library that draws from them (stochastic rounding does)."""
+    torch.manual_seed(_seed(stream, seed, *position))
+
+
+def _seed(stream: Stream, seed: int, *position: int) -> int:
     state = np.random.SeedSequence((int(stream), seed, *position)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0] >> 1))
+    return int(state[0] >> 1)
