@@ -196,7 +196,9 @@ def train_vae(
         colour = (tint - tint.mean(dim=1, keepdim=True)).square().mean() * COLOUR_WEIGHT
         # The prior acts on the mode alone: it only keeps the latents' scale from drifting.
         prior = latents.float().square().mean()
-        return PICTURE_WEIGHT * error[:num_images].mean() + error[num_images:].mean() + detail + colour + KL_WEIGHT * prior
+        return (
+            PICTURE_WEIGHT * error[:num_images].mean() + error[num_images:].mean() + detail + colour + KL_WEIGHT * prior
+        )
 
     vae.load_state_dict(fit(vae, loss_at, steps, 1.5e-3, folder, data_type))
     with torch.no_grad():

@@ -41,6 +41,8 @@ def test_the_tiny_base_fits_eight_real_pairs(launch: Launch, tmp_path: Path) -> 
     print(metrics)
     assert metrics["num_images"] == 8
     assert metrics["iou"] >= 0.9
-    done = launch("val_inference.py", {**flags, "dataset_path": SAMPLE, "test_difficulty": "mix"}, timeout=300, threads=2)
+    done = launch(
+        "val_inference.py", {**flags, "dataset_path": SAMPLE, "test_difficulty": "mix"}, timeout=300, threads=2
+    )
     assert "mix" in done.stdout
     assert (tmp_path / "run" / "mask_predictions" / "test_mix_200" / "metrics.json").is_file()
