@@ -36,7 +36,7 @@ def cached_latents(
         InputError: if the cache is stale, damaged or does not fit the disk.
     """
     cache = LatentCache(
-        Path(config.latent_cache_path),
+        Path(config.latent_cache_path or Path(config.output_dir) / "latent_cache"),
         pairs,
         config.resolution,
         config.seed if config.augmentation else None,

@@ -97,7 +97,9 @@ class Config:
     latent_cache: Literal["off", "disk"] = key(
         "data", "off", "disk: compute the training latents once, then leave the VAE out of the step"
     )
-    latent_cache_path: str = key("data", "runs/latent_cache", "folder of the latent cache", path=True)
+    latent_cache_path: str | None = key(
+        "data", None, "folder of the latent cache, to share it between runs; null: in output_dir", path=True
+    )
     latent_cache_variants: PositiveInt = key(
         "data", 4, "augmented versions of each picture and flip in the latent cache"
     )
