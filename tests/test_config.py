@@ -407,6 +407,14 @@ def test_a_boolean_is_refused_for_anything_else(name: str, value: str, overlay: 
     assert message("--config", path).startswith(f"{path}: {name}: {value} is not valid, expected ")
 
 
+@pytest.mark.parametrize("text", ["off", "'off'", "Off"])
+def test_off_is_a_word_where_it_is_a_choice_and_false_where_it_is_none(text: str, overlay: Overlay) -> None:
+    path = overlay(f"augmentation: {text}\n")
+    assert parse("--config", path).augmentation is False
+    if text != "Off":
+        assert parse("--config", overlay(f"latent_cache: {text}\n")).latent_cache == "off"
+
+
 @pytest.mark.parametrize("name", INTEGERS)
 def test_a_fraction_is_refused_for_an_integer(name: str, overlay: Overlay) -> None:
     path = overlay(f"{name}: 16.5\n")

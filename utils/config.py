@@ -354,7 +354,16 @@ def _check_exclusive(layer: Mapping[str, Any], where: str, prefix: str = "") -> 
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """A safe YAML loader that refuses a key given twice instead of taking the last."""
+    """A safe YAML loader that refuses a key given twice instead of taking the last, and takes `off` for a word."""
+
+    # YAML 1.2: only true and false are booleans. A boolean key converts yes, no, on and off itself.
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [
+            (tag, re.compile("true|True|TRUE|false|False|FALSE") if tag == "tag:yaml.org,2002:bool" else pattern)
+            for tag, pattern in resolvers
+        ]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
