@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from dataset.latent_cache import CachedLatents, LatentCache, fill
@@ -66,11 +65,11 @@ def cached_latents(
 
 
 def fingerprint_of_weights(model: Any) -> str:
-    """Returns a digest of a model's weights, whatever precision and layout they are kept in, and of its configuration."""
+    """Returns a digest of a VAE's weights, in whatever memory layout, and of its scaling."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().cpu().float().numpy().tobytes())
     scaling = {name: model.config[name] for name in ("scaling_factor", "shift_factor")}
     digest.update(str(scaling).encode())
     return digest.hexdigest()[:16]
