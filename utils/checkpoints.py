@@ -184,12 +184,17 @@ def write_checkpoint(
         optimizer_state: from `gather_optimizer`; None if an engine writes its own.
         raw_weights: to resume from, where `state_dict` is a moving average.
     """
+    # An engine may hand out views of larger buffers, which safetensors refuses.
+    state_dict = {
+        name: value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
+        for name, value in state_dict.items()
+    }
     if has_lora(transformer):
-        save_lora(transformer, dict(state_dict), partial / ADAPTER_FOLDER_NAME)
+        save_lora(transformer, state_dict, partial / ADAPTER_FOLDER_NAME)
     else:
         transformer.save_config(partial / "transformer")
         save_torch_state_dict(
-            dict(state_dict),
+            state_dict,
             partial / "transformer",
             filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
             max_shard_size="10GB",

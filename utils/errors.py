@@ -78,8 +78,9 @@ def run_command(main: Callable[[], int | None]) -> None:
             raise
         print(f"error: {error.filename or 'a file'}: cannot be written ({error.strerror})", file=sys.stderr, flush=True)
         code = EXIT_FAILED
-    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Another process may wait in a collective for this one; a normal exit would wait for it in turn.
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # After an error another process may wait in a collective for this one, and a normal exit would wait for it in turn;
+        # after success gloo's threads now and then abort the interpreter's exit.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
