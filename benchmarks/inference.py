@@ -11,13 +11,13 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.subjects import SIZES, build_prompt, build_vae, matrix_rate, synchronise
-from benchmarks.training import parse, release, report
-from models.base import DTYPES
+from benchmarks.training import chosen, parse, release, report
+from models.base import DTYPES, compile_vae
 from models.folding import fold
 from models.latents import LatentCodec
 from models.objectives import EndToEnd
 from models.trainable import compile_blocks
-from utils.errors import InputError, run_command
+from utils.errors import run_command
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,7 @@ class Inference:
         self.transformer = transformer.to(dtype).requires_grad_(False).eval()
         if way.compiled:
             compile_blocks(self.transformer)
-            self.vae.encoder.compile()
-            self.vae.decoder.compile()
+            compile_vae(self.vae)
 
     @torch.no_grad()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
@@ -94,10 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command line."""
     arguments = parse(argv, __doc__ or "", 4)
     device, dtype = arguments.device, DTYPES[arguments.data_type]
-    known = {way.name: way for way in WAYS}
-    if unknown := [name for name in arguments.only if name not in known]:
-        raise InputError(f"--only: no way {unknown[0]!r}; there are: {'; '.join(known)}")
-    ways = [WAYS[0], *(known[name] for name in arguments.only if name != WAYS[0].name)] if arguments.only else WAYS
+    ways = chosen(arguments.only, WAYS, "way")
     rate = matrix_rate(device, dtype)
     side = arguments.resolution
     images = (

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.subjects import Training
+from benchmarks.subjects import RECIPES, Training
 from benchmarks.training import chosen, parse, release, report
 from models.base import DTYPES
 from models.latents import DOWNSCALE
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     latents = (arguments.batch_size, 16, side // DOWNSCALE, side // DOWNSCALE)
     batch = {"image": torch.rand(shape) * 2 - 1, "mask": torch.rand(shape) * 2 - 1}
     batch |= {"image_latents": torch.randn(latents), "mask_latents": torch.randn(latents)}
-    for recipe in chosen(arguments.only):
+    for recipe in chosen(arguments.only, RECIPES, "recipe"):
         release(device)
         torch.cuda.reset_peak_memory_stats(device)
         try:

@@ -12,15 +12,15 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.subjects import PUBLISHED, RECIPES, SIZES, Recipe, Training, build_vae, matrix_rate, synchronise
+from benchmarks.subjects import RECIPES, SIZES, Recipe, Training, build_vae, matrix_rate, synchronise
 from dataset.codecs import build_codec
 from dataset.latent_cache import CachedLatents, LatentCache, fill
 from dataset.sampling import BatchStream
@@ -32,15 +32,26 @@ from utils.provenance import machine
 
 READER = LAYOUTS["trans10k"].read_label
 NUM_PAIRS = 64
+
+
+class Named(Protocol):
+    """What a row of a benchmark measures."""
+
+    @property
+    def name(self) -> str:
+        """In the table and for --only."""
+
+
+Row = TypeVar("Row", bound=Named)
 COLUMNS = ("recipe", "samples/s", "ratio", "data", "VAE", "transformer", "optimiser", "TFLOP", "of peak", "peak GB")
 
 
-def batches(arguments: argparse.Namespace, cached: CachedLatents | None) -> Iterator[dict[str, Any]]:
-    """Yields batches as training reads them: pixels in [-1, 1], or latents."""
-    pairs = scan("trans10k", arguments.data, "train").pairs[:NUM_PAIRS]
+def batches(arguments: argparse.Namespace, cached: CachedLatents, as_latents: bool) -> Iterator[dict[str, Any]]:
+    """Yields batches of the cached pairs as training reads them: their pixels in [-1, 1], or their latents."""
+    pairs = cached.cache.pairs
     codec = build_codec("binary")
     loader = DataLoader(
-        cached if cached is not None else PairDataset(pairs, READER, arguments.resolution, augmentation_seed=0),
+        cached if as_latents else PairDataset(pairs, READER, arguments.resolution, augmentation_seed=0),
         batch_sampler=BatchStream(len(pairs), arguments.batch_size, 0, stop=10**9),
         num_workers=arguments.workers,
         collate_fn=collate,
@@ -48,7 +59,7 @@ def batches(arguments: argparse.Namespace, cached: CachedLatents | None) -> Iter
         pin_memory=arguments.device.type == "cuda",
     )
     for batch in loader:
-        yield batch if cached is not None else {"image": batch["image"] * 2 - 1, "mask": codec.encode(batch["label"])}
+        yield batch if as_latents else {"image": batch["image"] * 2 - 1, "mask": codec.encode(batch["label"])}
 
 
 def cache_latents(arguments: argparse.Namespace, folder: Path) -> CachedLatents:
@@ -85,7 +96,7 @@ def measure(recipe: Recipe, arguments: argparse.Namespace, cached: CachedLatents
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     training = Training(recipe, arguments.size, device, DTYPES[arguments.data_type])
-    stream = batches(arguments, cached if recipe.latent_cache else None)
+    stream = batches(arguments, cached, recipe.latent_cache)
     for batch in itertools.islice(stream, arguments.warmup):
         training.step(batch)
     synchronise(device)
@@ -157,16 +168,21 @@ def parse(argv: list[str] | None, description: str, default_batch_size: int) -> 
     return arguments
 
 
-def chosen(names: list[str]) -> list[Recipe]:
-    """Returns the recipes of these names after the published one; all where there are none.
+def chosen(names: list[str], rows: Sequence[Row], kind: str) -> Sequence[Row]:
+    """Returns the rows of these names after the first, which is the published one; all where there are no names.
+
+    Args:
+        names: given with --only.
+        rows: to choose from.
+        kind: what a row is called in the error.
 
     Raises:
         InputError: for an unknown name.
     """
-    known = {recipe.name: recipe for recipe in RECIPES}
+    known = {row.name: row for row in rows}
     if unknown := [name for name in names if name not in known]:
-        raise InputError(f"--only: no recipe {unknown[0]!r}; there are: {'; '.join(known)}")
-    return [PUBLISHED, *(known[name] for name in names if name != PUBLISHED.name)] if names else list(RECIPES)
+        raise InputError(f"--only: no {kind} {unknown[0]!r}; there are: {'; '.join(known)}")
+    return [rows[0], *(known[name] for name in names if name != rows[0].name)] if names else rows
 
 
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]], text: str, **more: Any) -> None:
@@ -191,7 +207,7 @@ def release(device: torch.device) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     arguments = parse(argv, __doc__ or "", 4)
-    recipes, device = chosen(arguments.only), arguments.device
+    recipes, device = chosen(arguments.only, RECIPES, "recipe"), arguments.device
     rate = matrix_rate(device, DTYPES[arguments.data_type])
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -247,20 +247,18 @@ def fill(
             latents: dict[str, list[torch.Tensor]] = {"image": [], "mask": []}
             for pairs in _groups(cache.indices(shard), max(1, batch_size // cache.num_versions)):
                 group = [next(samples) for _ in pairs]
-                for name, key, encode, scale in (
-                    ("image", "image", encode_images, 255),
-                    ("mask", "label", encode_labels, None),
+                images = torch.cat([sample["image"] for sample in group]).split(batch_size)
+                labels = torch.cat([sample["label"] for sample in group]).split(batch_size)
+                for name, encoded in (
+                    ("image", [encode_images(chunk.float() / 255).cpu() for chunk in images]),
+                    ("mask", [encode_labels(chunk).cpu() for chunk in labels]),
                 ):
-                    pictures = torch.cat([sample[key] for sample in group])
-                    chunks = pictures.split(batch_size)
-                    encoded = torch.cat([encode(chunk.float() / scale if scale else chunk).cpu() for chunk in chunks])
-                    latents[name].append(encoded.unflatten(0, (len(group), -1)))
-                if not latents["image"][1:] and shard == mine[0]:
-                    largest = latents["image"][0][0, 0].numel() * BYTES_PER_VALUE
-                    cache.check_disk_space(len(missing), largest)
+                    latents[name].append(torch.cat(encoded).unflatten(0, (len(group), -1)))
                 bar.update(len(group))
                 if code := poll_stop():
                     raise InterruptedRunError("stopped while caching latents; the shards that are whole are kept", code)
+            if shard == mine[0]:  # the first latents tell how large they are
+                cache.check_disk_space(len(missing), latents["image"][0][0, 0].numel() * BYTES_PER_VALUE)
             cache.write_shard(shard, torch.cat(latents["image"]), torch.cat(latents["mask"]))
 
 

@@ -93,9 +93,14 @@ def load_vae(folder: Path, dtype: torch.dtype, compiled: bool = False) -> Autoen
     """
     vae = load_part(AutoencoderKL, folder, "vae", dtype).requires_grad_(False).eval()
     if compiled:
-        vae.encoder.compile()
-        vae.decoder.compile()
+        compile_vae(vae)
     return vae.to(memory_format=torch.channels_last)
+
+
+def compile_vae(vae: AutoencoderKL) -> None:
+    """Compiles encoder and decoder in place."""
+    vae.encoder.compile()
+    vae.decoder.compile()
 
 
 def load_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> SD3Transformer2DModel:

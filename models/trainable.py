@@ -31,8 +31,10 @@ def build_trainable(config: Config, base: Path, checkpoint: Path | None, prompt:
         InputError: if base, prompt, objective and configuration do not fit each other.
     """
     check_settings(config)
-    whole = checkpoint is not None and not (checkpoint / ADAPTER_FOLDER_NAME).is_dir()
-    transformer = load_transformer(checkpoint if whole and checkpoint else base)
+    if checkpoint is None or (checkpoint / ADAPTER_FOLDER_NAME).is_dir():
+        transformer = load_transformer(base)
+    else:
+        transformer = load_transformer(checkpoint)
     check_prompt(prompt, transformer)
     check_resolution(config.resolution, transformer)
     widen_patch_projection(transformer, input_channels(config, transformer))

@@ -78,7 +78,7 @@ def test_memory_needs_a_gpu() -> None:
 
 def test_an_unknown_row_is_named() -> None:
     with pytest.raises(InputError, match="no recipe 'faster'; there are: published; "):
-        training.chosen(["faster"])
+        training.chosen(["faster"], RECIPES, "recipe")
     with pytest.raises(InputError, match="no way 'faster'"):
         inference.main([*SMALL, "--only", "faster"])
 

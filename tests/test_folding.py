@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
+from benchmarks.subjects import SD35_TRANSFORMER
 from models.base import load_transformer
 from models.folding import FoldedSD3Transformer2DModel, fold, is_folded, modulated_norms, parameter_groups, rate_scales
 from models.objectives import EndToEnd
@@ -15,21 +16,6 @@ from models.prompt import EmptyPrompt
 from tests.conftest import make_prompt, make_transformer
 
 OBJECTIVE = EndToEnd({}, 3.0)
-SD35_MEDIUM = {
-    "sample_size": 128,
-    "patch_size": 2,
-    "in_channels": 16,
-    "out_channels": 16,
-    "num_layers": 24,
-    "attention_head_dim": 64,
-    "num_attention_heads": 24,
-    "caption_projection_dim": 1536,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 2048,
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)),
-    "qk_norm": "rms_norm",
-}
 
 
 def folded_transformer(timestep: float = 1000.0) -> FoldedSD3Transformer2DModel:
@@ -65,8 +51,8 @@ def test_another_timestep_or_prompt_gives_another_output() -> None:
 def test_a_third_of_sd35_mediums_parameters_go() -> None:
     prompt_rows = 154
     with torch.device("meta"):
-        whole = SD3Transformer2DModel(**SD35_MEDIUM)
-        folded = FoldedSD3Transformer2DModel(**SD35_MEDIUM, num_prompt_rows=prompt_rows)
+        whole = SD3Transformer2DModel(**SD35_TRANSFORMER)
+        folded = FoldedSD3Transformer2DModel(**SD35_TRANSFORMER, num_prompt_rows=prompt_rows)
 
     def count(model: torch.nn.Module) -> int:
         return sum(parameter.numel() for parameter in model.parameters())

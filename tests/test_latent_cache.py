@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -116,7 +117,8 @@ def test_samples_collate_and_survive_the_way_to_a_loader_process(make_cache: Mak
     fill_up(cache)
     data = CachedLatents(cache, SEED)
     first = data[0, 0]  # opens a file, which cannot travel
-    copy = pickle.loads(pickle.dumps(data))
+    assert pickle.dumps(data)
+    copy = deepcopy(data)  # by way of the same state
     batch = collate([copy[0, 0], copy[0, 5]])
     assert batch["image_latents"].shape == (2, 3, RESOLUTION, RESOLUTION)
     assert batch["mask_latents"].shape == (2, 1, RESOLUTION, RESOLUTION)

@@ -18,7 +18,7 @@ from accelerate.utils import (
 from utils.config import Config
 from utils.errors import InputError
 
-TESTED_ENGINES = (
+SUPPORTED_ENGINES = (
     DistributedType.NO,
     DistributedType.MULTI_GPU,
     DistributedType.MULTI_CPU,
@@ -66,7 +66,7 @@ def build_accelerator(config: Config, trackers: list[str] | None = None) -> Acce
             "a launch file without use_cpu): they would train apart and overwrite each other. Launch one process, or use "
             "configs/accelerate/cpu_2_processes.yaml"
         )
-    if accelerator.distributed_type not in TESTED_ENGINES:
+    if accelerator.distributed_type not in SUPPORTED_ENGINES:
         raise InputError(
             f"the launch file asks for {accelerator.distributed_type.value}; this version trains with one process, "
             "MULTI_GPU (DDP), DEEPSPEED or FSDP"

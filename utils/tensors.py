@@ -76,16 +76,13 @@ def _parts(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _start(optimizer: torch.optim.Optimizer) -> None:
-    """Makes the optimiser allocate its state, without moving a weight."""
-    rates = [torch.as_tensor(group["lr"]).clone() for group in optimizer.param_groups]
+    """Makes the optimiser allocate its state; a gradient of zero without weight decay moves nothing."""
     decays = [group["weight_decay"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
-        group["lr"] = torch.zeros_like(torch.as_tensor(group["lr"])) if torch.is_tensor(group["lr"]) else 0.0
         group["weight_decay"] = 0.0
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    for group, rate, decay in zip(optimizer.param_groups, rates, decays, strict=True):
-        group["lr"] = rate if torch.is_tensor(group["lr"]) else rate.item()
+    for group, decay in zip(optimizer.param_groups, decays, strict=True):
         group["weight_decay"] = decay
