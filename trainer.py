@@ -16,8 +16,9 @@ from dataset.sampling import BatchStream, resumed_batch
 from dataset.trans10k import LAYOUTS, PairDataset, Scan, collate, prepare_worker, scan
 from models.base import DTYPES, load_prompt, load_vae, resolve_base
 from models.latents import LatentBatches
+from models.losses import weighted_losses
 from models.prompt import EmptyPrompt
-from models.trainable import build_trainable
+from models.trainable import build_trainable, mask_decoder_of
 from utils import checkpoints
 from utils.caching import cached_latents
 from utils.checkpoints import TrainingState
@@ -140,14 +141,16 @@ class Trainer:
         )
 
     def _losses(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """Returns the objective's named losses of a batch, each (B,)."""
+        """Returns the named losses of a batch, each (B,)."""
         generators = [
             torch_generator(Stream.TRAINING_NOISE, self.config.seed, epoch, index)
             for epoch, index in zip(batch["epoch"], batch["index"], strict=True)
         ]
-        return self.pipeline.objective.loss(
+        latent = self.pipeline.objective.loss(
             self.transformer, batch["image_latents"], batch["mask_latents"], self.prompt, generators
         )
+        weights = (self.config.latent_loss_weight, self.config.pixel_loss_weight)
+        return weighted_losses(latent, batch["label"], self.pipeline.read_logits, *weights)
 
     def _validate(self) -> None:
         """Scores the validation split; a new best checkpoint is saved at once."""
@@ -203,7 +206,8 @@ class Trainer:
             self.prompt = self.prompt.without_zero_rows()
         self.transformer = build_trainable(config, base, self.resumed, self.prompt)
         # What validation calls also holds the formulas that training uses.
-        self.pipeline = checkpoints.build_pipeline(config, base, self.transformer, vae, self.prompt)
+        parts = (self.transformer, vae, self.prompt, mask_decoder_of(self.transformer))
+        self.pipeline = checkpoints.build_pipeline(config, base, *parts)
 
     def _make_plan(self, train: Scan) -> None:
         """Turns epochs into updates; knows where a resumed run stands."""
@@ -235,7 +239,8 @@ class Trainer:
         config, reader = self.config, LAYOUTS[self.config.dataset_name].read_label
         if config.latent_cache == "disk":
             data: Any = cached_latents(config, train.pairs, self.pipeline, self.accelerator, self.stop.noticed)
-            self.pipeline.vae.to("cpu")  # until validation
+            if config.mask_decoder == "light" or not config.pixel_loss_weight:
+                self.pipeline.vae.to("cpu")  # until validation
         else:
             seed = config.seed if config.augmentation else None
             data = PairDataset(train.pairs, reader, config.resolution, augmentation_seed=seed)

@@ -159,7 +159,7 @@ class Training:
                 image, mask = (batch[f"{name}_latents"].to(self.device).float() for name in ("image", "mask"))
         with self.part("transformer"):
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                loss = self.objective.loss(self.transformer, image, mask, self.prompt)["loss"].mean()
+                loss = self.objective.loss(self.transformer, image, mask, self.prompt).latent_loss.mean()
             loss.backward()
         with self.part("optimiser"):
             trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

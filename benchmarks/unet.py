@@ -28,6 +28,7 @@ from tqdm import tqdm
 from dataset.codecs import build_codec
 from dataset.sampling import BatchStream
 from dataset.trans10k import LAYOUTS, PairDataset, collate, scan
+from models.losses import segmentation_loss
 from utils.config import FIELDS, convert
 from utils.errors import InputError, TrainingDivergedError, run_command
 from utils.metrics import score_picture, summarise
@@ -60,17 +61,6 @@ class UNet(nn.Module):
         return self.head(x).squeeze(1)
 
 
-def segmentation_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """Returns binary cross-entropy plus soft Dice, 1 - (2 |p t| + 1) / (|p| + |t| + 1) per picture, both as means.
-
-    Takes logits (B, H, W) and the truth as float32 in {0, 1}, (B, H, W).
-    """
-    soft = logits.sigmoid()
-    overlap, total = (soft * truth).sum(dim=(1, 2)), (soft + truth).sum(dim=(1, 2))
-    dice = 1 - (2 * overlap + 1) / (total + 1)  # the ones let an empty prediction of an empty truth cost nothing
-    return F.binary_cross_entropy_with_logits(logits, truth) + dice.mean()
-
-
 def train(model: UNet, data: PairDataset, minutes: float, batch_size: int, seed: int) -> tuple[int, float]:
     """Trains with AdamW, the rate a cosine of the share of time gone, and returns pictures seen and minutes used.
 
@@ -87,7 +77,7 @@ def train(model: UNet, data: PairDataset, minutes: float, batch_size: int, seed:
         while (share := (time.perf_counter() - start) / 60 / minutes) < 1:
             optimizer.param_groups[0]["lr"] = PEAK_RATE * (1 + math.cos(math.pi * share)) / 2
             batch = next(batches)
-            loss = segmentation_loss(model(batch["image"]), batch["label"].float())
+            loss = segmentation_loss(model(batch["image"]), batch["label"].float()).mean()
             if not loss.isfinite():
                 raise TrainingDivergedError(f"the loss is {loss.item()} after {pictures_seen} pictures; change --seed")
             optimizer.zero_grad()

@@ -1,7 +1,7 @@
 """Latents of the training pairs, computed once and read from disk, so that the VAE never runs in a training step.
 
 A cache is a folder with `cache.json`, the fingerprint of all that its latents depend on, and safetensors shards of
-`image` (n, V, C, h, w) and `mask` (n, F, C, h, w) in fp16: V versions of each picture, of which version v is flipped where v
+`image` (n, V, C, h, w) and `mask` (n, F, C, h, w) in fp16 and `label` (n, F, H, W/8), a bit a pixel: V versions of each picture, of which version v is flipped where v
 is odd, and F flips of its mask. Shards are written beside and renamed when whole, so that filling goes on where it stopped.
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -27,7 +28,7 @@ from dataset.transforms import augment_photometry, flip, read_image, read_label
 from utils.errors import InputError, InterruptedRunError, first_line
 from utils.seeding import Stream, numpy_generator
 
-FORMAT = 1  # raised when augmentation or layout change, so that older caches are refused
+FORMAT = 2  # raised when augmentation or layout change, so that older caches are refused
 PAIRS_PER_SHARD = 32
 INDEX_FILE_NAME = "cache.json"
 BYTES_PER_VALUE = 2
@@ -129,7 +130,8 @@ class LatentCache:
             with open_shard(path) as tensors:
                 counts = {name: tensors.get_slice(name).get_shape()[:2] for name in tensors.keys()}  # noqa: SIM118
             count = len(self.indices(shard))
-            if counts != {"image": [count, self.num_versions], "mask": [count, self.num_flips]}:
+            expected = {"image": self.num_versions, "mask": self.num_flips, "label": self.num_flips}
+            if counts != {name: [count, number] for name, number in expected.items()}:
                 raise InputError(
                     f"{path}: not a shard of this latent cache; remove it and start again, it is then written"
                 )
@@ -141,7 +143,8 @@ class LatentCache:
         Raises:
             InputError: if the disk is too small.
         """
-        needed = missing * PAIRS_PER_SHARD * (self.num_versions + self.num_flips) * bytes_per_latent
+        latents = (self.num_versions + self.num_flips) * bytes_per_latent
+        needed = missing * PAIRS_PER_SHARD * (latents + self.num_flips * self.resolution**2 // 8)
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise InputError(
@@ -149,8 +152,8 @@ class LatentCache:
                 "set latent_cache_path to another disk, or lower latent_cache_variants"
             )
 
-    def write_shard(self, shard: int, image: torch.Tensor, mask: torch.Tensor) -> None:
-        """Writes the latents of a shard's pairs, (n, V, C, h, w) and (n, F, C, h, w).
+    def write_shard(self, shard: int, image: torch.Tensor, mask: torch.Tensor, label: torch.Tensor) -> None:
+        """Writes the latents of a shard's pairs, (n, V, C, h, w) and (n, F, C, h, w), and their labels in {0, 1}, (n, F, H, W).
 
         Raises:
             InputError: if the disk is full.
@@ -158,7 +161,8 @@ class LatentCache:
         path = self.shard_path(shard)
         partial = path.with_suffix(".part")
         try:
-            save_file({"image": image.half().contiguous(), "mask": mask.half().contiguous()}, partial)
+            bits = torch.from_numpy(np.packbits(label.numpy(), axis=-1))
+            save_file({"image": image.half().contiguous(), "mask": mask.half().contiguous(), "label": bits}, partial)
             partial.replace(path)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
@@ -244,11 +248,12 @@ def fill(
     samples = iter(loader)
     with bar:
         for shard in mine:
-            latents: dict[str, list[torch.Tensor]] = {"image": [], "mask": []}
+            latents: dict[str, list[torch.Tensor]] = {"image": [], "mask": [], "label": []}
             for pairs in _groups(cache.indices(shard), max(1, batch_size // cache.num_versions)):
                 group = [next(samples) for _ in pairs]
                 images = torch.cat([sample["image"] for sample in group]).split(batch_size)
                 labels = torch.cat([sample["label"] for sample in group]).split(batch_size)
+                latents["label"].append(torch.stack([sample["label"] for sample in group]))
                 for name, encoded in (
                     ("image", [encode_images(chunk.float() / 255).cpu() for chunk in images]),
                     ("mask", [encode_labels(chunk).cpu() for chunk in labels]),
@@ -259,7 +264,7 @@ def fill(
                     raise InterruptedRunError("stopped while caching latents; the shards that are whole are kept", code)
             if shard == mine[0]:  # the first latents tell how large they are
                 cache.check_disk_space(len(missing), latents["image"][0][0, 0].numel() * BYTES_PER_VALUE)
-            cache.write_shard(shard, torch.cat(latents["image"]), torch.cat(latents["mask"]))
+            cache.write_shard(shard, *(torch.cat(latents[name]) for name in ("image", "mask", "label")))
 
 
 class CachedLatents(Dataset[dict[str, Any]]):
@@ -288,7 +293,7 @@ class CachedLatents(Dataset[dict[str, Any]]):
             key: (epoch, index).
 
         Returns:
-            `image_latents` and `mask_latents`, float16 (C, h, w); `name`, `file`, `epoch` and `index`.
+            `image_latents` and `mask_latents`, float16 (C, h, w); `label` (H, W), uint8; `name`, `file`, `epoch` and `index`.
 
         Raises:
             InputError: naming the shard that cannot be read.
@@ -299,9 +304,11 @@ class CachedLatents(Dataset[dict[str, Any]]):
         if shard not in self._opened:
             self._opened[shard] = open_shard(self.cache.shard_path(shard)).__enter__()
         tensors, pair = self._opened[shard], self.cache.pairs[index]
+        bits = tensors.get_slice("label")[row, version % self.cache.num_flips]  # (H, W/8); W is a multiple of 16
         return {
             "image_latents": tensors.get_slice("image")[row, version],
             "mask_latents": tensors.get_slice("mask")[row, version % self.cache.num_flips],
+            "label": torch.from_numpy(np.unpackbits(bits.numpy(), axis=-1)),
             "name": pair.name,
             "file": str(pair.image_path),
             "epoch": epoch,

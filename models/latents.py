@@ -68,12 +68,12 @@ class LatentCodec:
 
 
 class LatentBatches:
-    """Batches with `image_latents` and `mask_latents`, float32 on the device, from batches of pictures or cached latents.
+    """Batches with `image_latents` and `mask_latents`, float32, and `label` on the device, from pictures or cached latents.
 
     On a GPU the next batch is copied and encoded on a stream of its own while the present one is trained on.
 
     Args:
-        batches: with `image` (B, 3, H, W) and `label` (B, H, W), or with latents already.
+        batches: with `label` (B, H, W) and `image` (B, 3, H, W) or both latents.
         encode_images: pictures to latents.
         encode_labels: labels to latents.
         device: of the training.
@@ -103,14 +103,15 @@ class LatentBatches:
             # What follows on the main stream waits for the encoding; its memory is not reused before it is done.
             main = torch.cuda.current_stream(self.device)
             main.wait_stream(stream)
-            for name in ("image_latents", "mask_latents"):
+            for name in ("image_latents", "mask_latents", "label"):
                 encoded[name].record_stream(main)
             ahead = encoded
         if ahead is not None:
             yield ahead
 
     def _encode(self, batch: dict[str, Any]) -> dict[str, Any]:
-        rest = {name: value for name, value in batch.items() if name not in ("image", "label")}
+        rest = {name: value for name, value in batch.items() if name != "image"}
+        rest["label"] = batch["label"].to(self.device, non_blocking=True)
         if "image_latents" in batch:
             latents = {
                 name: rest[name].to(self.device, non_blocking=True).float()
@@ -119,6 +120,6 @@ class LatentBatches:
         else:
             latents = {
                 "image_latents": self.encode_images(batch["image"]),
-                "mask_latents": self.encode_labels(batch["label"]),
+                "mask_latents": self.encode_labels(rest["label"]),
             }
         return {**rest, **latents}

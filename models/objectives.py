@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from models import flow
 from models.prompt import EmptyPrompt
+
+
+class LatentLoss(NamedTuple):
+    """What a training step knows of a batch."""
+
+    latent_loss: torch.Tensor
+    """(B,), float32: what the objective minimises in latent space."""
+    clean_latents: torch.Tensor
+    """(B, C, h, w), float32, with gradient: the estimate of the target latents."""
 
 
 class Objective(Protocol):
@@ -30,8 +39,8 @@ class Objective(Protocol):
         target_latents: torch.Tensor,
         prompt: EmptyPrompt,
         generator: Sequence[torch.Generator],
-    ) -> dict[str, torch.Tensor]:
-        """Returns named losses, each (B,), float32, for latents (B, C, h, w); `loss` is what is minimised."""
+    ) -> LatentLoss:
+        """Returns the loss of each sample and the estimate of its target, for latents (B, C, h, w)."""
 
     def predict(
         self,
@@ -73,12 +82,11 @@ class EndToEnd:
         target_latents: torch.Tensor,
         prompt: EmptyPrompt,
         generator: Sequence[torch.Generator] = (),
-    ) -> dict[str, torch.Tensor]:
-        """Returns the mean squared error in latent space, (B,)."""
+    ) -> LatentLoss:
+        """Returns the mean squared error in latent space, (B,), and the prediction."""
         _check_shapes(condition_latents, target_latents)
         model_pred = self.predict(transformer, condition_latents, prompt)
-        latent_loss = (model_pred - target_latents).square().mean(dim=(1, 2, 3))
-        return {"loss": latent_loss}
+        return LatentLoss((model_pred - target_latents).square().mean(dim=(1, 2, 3)), model_pred)
 
 
 class Diffusion:
@@ -105,8 +113,8 @@ class Diffusion:
         target_latents: torch.Tensor,
         prompt: EmptyPrompt,
         generator: Sequence[torch.Generator],
-    ) -> dict[str, torch.Tensor]:
-        """Returns the weighted squared error of the velocity (SD3, equation 8 in its rectified form), (B,)."""
+    ) -> LatentLoss:
+        """Returns the weighted squared error of the velocity (SD3, equation 8 in its rectified form), (B,), and the data that it points to."""
         _check_shapes(condition_latents, target_latents)
         sigmas = flow.sample_sigmas(shift=self.shift, generators=generator, **self.density).to(target_latents.device)
         noise = _noise_like(target_latents, generator)
@@ -114,7 +122,8 @@ class Diffusion:
         model_pred = self._velocity(transformer, condition_latents, noisy, sigmas, prompt)
         weights = flow.loss_weights(self.density["weighting_scheme"], sigmas)
         error = (model_pred - flow.velocity(target_latents, noise)).square()
-        return {"loss": (weights * error).mean(dim=(1, 2, 3))}
+        clean_latents = flow.euler_step(noisy, model_pred, sigmas, torch.zeros_like(sigmas))
+        return LatentLoss((weights * error).mean(dim=(1, 2, 3)), clean_latents)
 
     def predict(
         self,

@@ -16,11 +16,13 @@ from diffusers.utils import BaseOutput
 
 from dataset.codecs import build_codec
 from models.latents import DOWNSCALE, LatentCodec
+from models.mask_decoder import LightMaskDecoder
 from models.objectives import build_objective
 from models.prompt import EmptyPrompt
 from utils.seeding import Stream, torch_generator
 
 DEFAULT_BATCH_SIZE = 4
+VAE_LOGIT_SCALE = 4.0
 
 
 @dataclass
@@ -28,7 +30,8 @@ class SegmentationOutput(BaseOutput):
     """What the pipeline returns for B pictures.
 
     Args:
-        predictions: (B, 3, H, W), float32 in [0, 1]: the clamped decode, the mean over an ensemble's members.
+        predictions: (B, 3, H, W), float32 in [0, 1]: the clamped decode, the mean over an ensemble's members. From a light
+            mask decoder it is grey, the probability of glass.
         soft: (B, H, W), float32 in [0, 1]: the codec's reading of `predictions`.
         masks: (B, H, W), uint8 in {0, 1}: where `soft` exceeds the threshold.
         uncertainty: (B, H, W), float32: the standard deviation over the members' soft predictions, or None where the
@@ -49,6 +52,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         vae: of the base model.
         scheduler: of the base model; only its `shift` is used.
         prompt: the empty prompt that the transformer was trained with.
+        mask_decoder: decodes predicted latents in the VAE's place, where the transformer was trained with one.
         objective: a key of `models.objectives.OBJECTIVES`.
         codec: a key of `dataset.codecs.CODECS`.
         resolution: side in pixels that the transformer was trained at.
@@ -61,7 +65,8 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         mode_scale: of the training.
     """
 
-    model_cpu_offload_seq = "prompt->vae->transformer->vae"
+    model_cpu_offload_seq = "prompt->vae->transformer->mask_decoder->vae"
+    _optional_components = ["mask_decoder"]  # noqa: RUF012  as Diffusers declares it
 
     def __init__(
         self,
@@ -69,6 +74,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         vae: AutoencoderKL,
         scheduler: FlowMatchEulerDiscreteScheduler,
         prompt: EmptyPrompt,
+        mask_decoder: LightMaskDecoder | None = None,
         objective: str = "end_to_end",
         codec: str = "binary",
         resolution: int = 1024,
@@ -81,7 +87,9 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         mode_scale: float = 1.29,
     ) -> None:
         super().__init__()
-        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, prompt=prompt)
+        self.register_modules(
+            transformer=transformer, vae=vae, scheduler=scheduler, prompt=prompt, mask_decoder=mask_decoder
+        )
         settings = {
             "weighting_scheme": weighting_scheme,
             "logit_mean": logit_mean,
@@ -108,6 +116,21 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
     def encode_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """Returns latents (B, C, H/8, W/8), float32, on the VAE's device, of labels (B, H, W), uint8."""
         return self.latent_codec.encode(self.codec.encode(labels.to(self.vae.device, non_blocking=True)))
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Returns pixels (B, 3, 8h, 8w), float32, about [-1, 1], of predicted latents (B, C, h, w); gradients flow through."""
+        if self.mask_decoder is None:
+            return self.latent_codec.decode(latents)
+        return self.codec.encode(self.mask_decoder(latents).sigmoid())
+
+    def read_logits(self, latents: torch.Tensor) -> torch.Tensor:
+        """Returns logits of the mask (B, 8h, 8w), float32, of predicted latents (B, C, h, w); gradients flow through.
+
+        Without a light decoder they are the decoded brightness, scaled so that white and black are .98 and .02.
+        """
+        if self.mask_decoder is None:
+            return self.latent_codec.decode(latents).mean(dim=1) * VAE_LOGIT_SCALE
+        return self.mask_decoder(latents)
 
     @torch.no_grad()
     def __call__(
@@ -161,7 +184,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
             latents = self.objective.predict(
                 self.transformer, condition[chunk], self.prompt, [generators[picture] for picture in chunk], steps
             )
-            pixels.append(self.latent_codec.decode(latents).clamp(-1, 1).cpu())
+            pixels.append(self.decode_latents(latents).clamp(-1, 1).cpu())
         for group in torch.cat(pixels).split(members):  # (members, 3, H, W)
             member_soft = self.codec.decode(group)
             predictions.append((group.mean(dim=0) + 1) / 2)

@@ -1,15 +1,21 @@
-"""What is trained: the whole transformer, folded or not, or adapters; and how a checkpoint of it is loaded again."""
+"""What is trained: the whole transformer, folded or not, or adapters, and a mask decoder; and how they are loaded again.
+
+The mask decoder is trained as a submodule of the transformer, because engines prepare one module; checkpoints keep the two apart.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from diffusers import SD3Transformer2DModel
 
-from models.base import check_prompt, check_resolution, load_transformer, widen_patch_projection
+from models.base import DTYPES, check_prompt, check_resolution, load_transformer, widen_patch_projection
 from models.folding import fold, is_folded
 from models.lora import add_lora, load_lora, merge_lora
+from models.mask_decoder import FOLDER_NAME as MASK_DECODER_FOLDER_NAME
+from models.mask_decoder import LightMaskDecoder, load_mask_decoder
 from models.objectives import OBJECTIVES
 from models.prompt import EmptyPrompt
 from utils.config import Config
@@ -47,6 +53,9 @@ def build_trainable(config: Config, base: Path, checkpoint: Path | None, prompt:
         add_lora(transformer, config.lora_rank, config.lora_targets)
         if checkpoint is not None:
             load_lora(transformer, checkpoint / ADAPTER_FOLDER_NAME)
+    if config.mask_decoder == "light":
+        decoder = load_mask_decoder(_find_mask_decoder(config, base, checkpoint), int(transformer.out_channels))
+        transformer.add_module(MASK_DECODER_FOLDER_NAME, decoder.to(DTYPES[config.weights]))
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if config.compile:
@@ -63,6 +72,12 @@ def check_settings(config: Config) -> None:
     if config.fold_conditioning and OBJECTIVES[config.objective].constant_timestep is None:
         raise InputError(
             f"fold_conditioning: objective: {config.objective} has a timestep that changes; leave one of the two out"
+        )
+    if not config.latent_loss_weight and not config.pixel_loss_weight:
+        raise InputError("latent_loss_weight and pixel_loss_weight are both 0; there would be nothing to train")
+    if config.mask_decoder == "light" and not config.pixel_loss_weight:
+        raise InputError(
+            "mask_decoder: light is trained by the loss on pixels; set pixel_loss_weight above 0, or mask_decoder: vae"
         )
     if config.fold_conditioning and config.trainable == "lora":
         raise InputError(
@@ -94,6 +109,21 @@ def load_trained(config: Config, base: Path, checkpoint: Path, dtype: torch.dtyp
     return transformer.eval()
 
 
+def split_mask_decoder(
+    state_dict: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Returns a trained module's weights as the transformer's own and the mask decoder's, empty where there is none."""
+    prefix = f"{MASK_DECODER_FOLDER_NAME}."
+    own = {name: value for name, value in state_dict.items() if not name.startswith(prefix)}
+    decoder = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+    return own, decoder
+
+
+def mask_decoder_of(transformer: torch.nn.Module) -> LightMaskDecoder | None:
+    """Returns the mask decoder that is trained with a transformer, None if there is none."""
+    return getattr(transformer, MASK_DECODER_FOLDER_NAME, None)
+
+
 def lower_precision(transformer: SD3Transformer2DModel, dtype: torch.dtype) -> None:
     """Casts the weights, but for those that the class keeps in fp32."""
     kept = tuple(transformer._keep_in_fp32_modules or ())
@@ -106,6 +136,19 @@ def compile_blocks(transformer: SD3Transformer2DModel) -> None:
     """Compiles each block in place: they are alike, so the compiler works once for all of them."""
     for block in transformer.transformer_blocks:
         block.compile()
+
+
+def _find_mask_decoder(config: Config, base: Path, checkpoint: Path | None) -> Path:
+    if checkpoint is not None:
+        return checkpoint / MASK_DECODER_FOLDER_NAME
+    if config.mask_decoder_path is not None:
+        return Path(config.mask_decoder_path)
+    if not (base / MASK_DECODER_FOLDER_NAME).is_dir():
+        raise InputError(
+            f"mask_decoder: {base} has no light one; train one with `python -m models.mask_decoder OUT --base_model_path "
+            f"{config.base_model_path} ...` and give it as mask_decoder_path"
+        )
+    return base / MASK_DECODER_FOLDER_NAME
 
 
 def input_channels(config: Config, transformer: SD3Transformer2DModel) -> int:

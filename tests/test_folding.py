@@ -95,7 +95,7 @@ def test_an_update_moves_a_vector_as_far_as_the_layer_it_stands_for() -> None:
         optimizer = torch.optim.AdamW(groups, eps=1e-15, weight_decay=0.0)
         if model is whole:  # only the linear layers themselves, not what computes their input
             model.time_text_embed.requires_grad_(False)
-        OBJECTIVE.loss(model, latents(), latents() * 0, make_prompt())["loss"].mean().backward()
+        OBJECTIVE.loss(model, latents(), latents() * 0, make_prompt()).latent_loss.mean().backward()
         optimizer.step()
         with torch.no_grad():
             embedding = whole.time_text_embed(torch.full((1,), 1000.0), make_prompt().pooled_prompt_embeds)

@@ -97,6 +97,8 @@ def test_every_version_is_what_the_vae_gives_for_the_augmented_pair(
                 (sample["image_latents"], sample["mask_latents"]), expected(pair, index, version), strict=True
             ):
                 torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+            # The stand-in's mask latents are the label less one.
+            assert sample["label"].equal((sample["mask_latents"][0] + 1).to(torch.uint8))
             assert (sample["name"], sample["file"], sample["epoch"]) == (pair.name, str(pair.image_path), epoch)
             seen.append((index, version))
     assert sorted(seen) == [(index, version) for index in range(6) for version in range(2 * VARIANTS)]

@@ -67,7 +67,7 @@ def prompt() -> EmptyPrompt:
 def test_the_end_to_end_oracle_has_no_loss_and_predicts_its_target(prompt: EmptyPrompt) -> None:
     objective, condition, target = EndToEnd({}, SHIFT), latents(0), latents(1)
     oracle = StubTransformer(lambda hidden_states, timestep: target)
-    assert objective.loss(oracle, condition, target, prompt)["loss"].tolist() == [0, 0, 0]
+    assert objective.loss(oracle, condition, target, prompt).latent_loss.tolist() == [0, 0, 0]
     for steps in (1, 2, 7, 50):
         assert torch.equal(objective.predict(oracle, condition, prompt, (), steps), target)
 
@@ -84,7 +84,7 @@ def test_end_to_end_reads_the_condition_alone_at_timestep_1000_once(prompt: Empt
 
 def test_the_end_to_end_loss_of_a_zero_predictor_is_the_targets_mean_square(prompt: EmptyPrompt) -> None:
     target = torch.stack([torch.full((16, 4, 4), value) for value in (1.0, 2.0, -3.0)])
-    assert EndToEnd({}, SHIFT).loss(StubTransformer(zero), latents(0), target, prompt)["loss"].tolist() == [1, 4, 9]
+    assert EndToEnd({}, SHIFT).loss(StubTransformer(zero), latents(0), target, prompt).latent_loss.tolist() == [1, 4, 9]
 
 
 @pytest.mark.parametrize("scheme", ["none", "logit_normal", "mode", "sigma_sqrt", "cosmap"])
@@ -92,9 +92,10 @@ def test_the_diffusion_oracle_has_no_loss(scheme: str, prompt: EmptyPrompt) -> N
     target = latents(1)
     loss = diffusion(weighting_scheme=scheme).loss(
         StubTransformer(velocity_oracle(target)), latents(0), target, prompt, generators(1, 2, 3)
-    )["loss"]
-    assert loss.shape == (3,)
-    assert loss.max() < 1e-6  # rounding of (noisy - clean) / sigma; a zero predictor has about 2
+    )
+    assert loss.latent_loss.shape == (3,)
+    torch.testing.assert_close(loss.clean_latents, target, atol=1e-4, rtol=1e-4)
+    assert loss.latent_loss.max() < 1e-6  # rounding of (noisy - clean) / sigma; a zero predictor has about 2
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 50])
@@ -134,14 +135,14 @@ def test_the_diffusion_loss_of_a_zero_predictor_is_the_weighted_mean_square_of_t
         seen = transformer.calls[0]
         assert seen["timestep"][number].item() == pytest.approx(1000 * sigma, rel=1e-5)
         torch.testing.assert_close(seen["hidden_states"][number, 16:], (1 - sigma) * target[number] + sigma * noise)
-    assert loss["loss"].tolist() == pytest.approx(expected, rel=1e-5)
+    assert loss.latent_loss.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_draws_of_a_sample_do_not_depend_on_its_batch(prompt: EmptyPrompt) -> None:
     objective, condition, target = diffusion(), latents(0), latents(1)
     transformer = StubTransformer(zero)
-    together = objective.loss(transformer, condition, target, prompt, generators(4, 5, 6))["loss"]
-    alone = objective.loss(transformer, condition[1:2], target[1:2], prompt, generators(5))["loss"]
+    together = objective.loss(transformer, condition, target, prompt, generators(4, 5, 6)).latent_loss
+    alone = objective.loss(transformer, condition[1:2], target[1:2], prompt, generators(5)).latent_loss
     assert torch.equal(transformer.calls[0]["hidden_states"][1:2], transformer.calls[1]["hidden_states"])
     assert together[1].item() == pytest.approx(alone.item(), rel=1e-6)
     predicted = objective.predict(transformer, condition, prompt, generators(4, 5, 6), 3)
@@ -156,8 +157,10 @@ def test_losses_of_a_real_transformer_are_one_per_sample_and_reach_its_weights(
 ) -> None:
     transformer = make_transformer(in_channels=16 * objective.in_channels_factor)
     losses = objective.loss(transformer, latents(0), latents(1), prompt, generators(1, 2, 3))
-    assert all(values.shape == (3,) and values.dtype == torch.float32 for values in losses.values())
-    losses["loss"].mean().backward()
+    assert losses.latent_loss.shape == (3,)
+    assert losses.clean_latents.shape == latents(1).shape
+    assert all(values.dtype == torch.float32 for values in losses)
+    losses.latent_loss.mean().backward()
     gradient = transformer.pos_embed.proj.weight.grad
     assert gradient is not None
     assert gradient.abs().sum() > 0

@@ -1,7 +1,7 @@
 """Checkpoints: written beside and renamed when whole, found by name, rotated, exported.
 
 A checkpoint is a folder `checkpoint-<global_step>` with `transformer/` (Diffusers, safetensors) or `adapter/` (peft),
-`empty_prompt.safetensors`, `config.yaml`, `training_state.json` and the optimiser's state: `optimizer.safetensors`, or an
+`mask_decoder/` where one is trained, `empty_prompt.safetensors`, `config.yaml`, `training_state.json` and the optimiser's state: `optimizer.safetensors`, or an
 engine's own shards under `engine/`, which are read on explicit resume only. Where a moving average is kept, `transformer/`
 holds it and `raw_weights.safetensors` the weights to go on from. `python -m utils.checkpoints export RUN OUT` makes a pipeline of one.
 """
@@ -33,9 +33,17 @@ from models.base import (
     resolve_base,
 )
 from models.lora import has_lora, save_lora
+from models.mask_decoder import LightMaskDecoder, load_mask_decoder
 from models.pipeline import TransparencySegmentationPipeline
 from models.prompt import EmptyPrompt
-from models.trainable import ADAPTER_FOLDER_NAME, compile_blocks, load_trained
+from models.trainable import (
+    ADAPTER_FOLDER_NAME,
+    MASK_DECODER_FOLDER_NAME,
+    compile_blocks,
+    load_trained,
+    mask_decoder_of,
+    split_mask_decoder,
+)
 from utils.config import Config, load_layer, merge_layers, to_yaml
 from utils.errors import InputError, first_line, run_command
 
@@ -179,7 +187,7 @@ def write_checkpoint(
         state: of the training.
         config: resolved.
         transformer: gives the configuration.
-        state_dict: whole weights, gathered from the engine; the moving average where there is one.
+        state_dict: whole weights, gathered from the engine, the mask decoder's among them; the moving average where there is one.
         prompt: the empty prompt.
         optimizer_state: from `gather_optimizer`; None if an engine writes its own.
         raw_weights: to resume from, where `state_dict` is a moving average.
@@ -189,6 +197,10 @@ def write_checkpoint(
         name: value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
         for name, value in state_dict.items()
     }
+    state_dict, decoder_weights = split_mask_decoder(state_dict)
+    if (decoder := mask_decoder_of(transformer)) is not None:
+        decoder.save_config(partial / MASK_DECODER_FOLDER_NAME)
+        save_file(decoder_weights, partial / MASK_DECODER_FOLDER_NAME / "diffusion_pytorch_model.safetensors")
     if has_lora(transformer):
         save_lora(transformer, state_dict, partial / ADAPTER_FOLDER_NAME)
     else:
@@ -285,7 +297,12 @@ def check_disk_space(
 
 
 def build_pipeline(
-    config: Config, base: Path, transformer: SD3Transformer2DModel, vae: AutoencoderKL, prompt: EmptyPrompt
+    config: Config,
+    base: Path,
+    transformer: SD3Transformer2DModel,
+    vae: AutoencoderKL,
+    prompt: EmptyPrompt,
+    mask_decoder: LightMaskDecoder | None = None,
 ) -> TransparencySegmentationPipeline:
     """Puts a pipeline together whose defaults are the configuration's."""
     names = [
@@ -301,7 +318,8 @@ def build_pipeline(
     ]
     settings = {name: getattr(config, name) for name in names}
     codec = LAYOUTS[config.dataset_name].codec
-    return TransparencySegmentationPipeline(transformer, vae, load_scheduler(base), prompt, codec=codec, **settings)
+    parts = (transformer, vae, load_scheduler(base), prompt, mask_decoder)
+    return TransparencySegmentationPipeline(*parts, codec=codec, **settings)
 
 
 def load_pipeline(checkpoint: Path, dtype: torch.dtype, compiled: bool = False) -> TransparencySegmentationPipeline:
@@ -325,7 +343,11 @@ def load_pipeline(checkpoint: Path, dtype: torch.dtype, compiled: bool = False) 
     check_resolution(config.resolution, transformer)
     if compiled:
         compile_blocks(transformer)
-    return build_pipeline(config, base, transformer, load_vae(base, dtype, compiled), prompt)
+    decoder = None
+    if (checkpoint / MASK_DECODER_FOLDER_NAME).is_dir():
+        channels = int(transformer.out_channels)
+        decoder = load_mask_decoder(checkpoint / MASK_DECODER_FOLDER_NAME, channels, dtype).eval()
+    return build_pipeline(config, base, transformer, load_vae(base, dtype, compiled), prompt, decoder)
 
 
 def export(run: Path, out: Path, name: str = "best", data_type: str = "fp32") -> Path:

@@ -82,6 +82,14 @@ class Config:
         "model", False, "end to end: replace what timestep and prompt compute by its constants, a third of the weights"
     )
     drop_zero_prompt_rows: bool = key("model", False, "leave out the prompt's rows that are all zero, T5's in SD3.5")
+    mask_decoder: Literal["vae", "light"] = key(
+        "model",
+        "vae",
+        "what reads masks from predicted latents: the VAE, or a small decoder trained with the transformer",
+    )
+    mask_decoder_path: str | None = key(
+        "model", None, "folder of the light decoder to start from; null: the base's own", path=True
+    )
     compile: bool = key("model", False, "torch.compile transformer and VAE: slower start, faster steps")
     gradient_checkpointing: bool = key("model", True, "recompute activations in the backward pass to save memory")
 
@@ -115,6 +123,10 @@ class Config:
     max_train_steps: PositiveInt | None = key("training", None, "length in optimiser updates, or else epochs")
     train_batch_size: PositiveInt = key("training", 4, "pictures per process and batch")
     gradient_accumulation_steps: PositiveInt = key("training", 2, "batches per optimiser update")
+    latent_loss_weight: NonNegativeFloat = key("training", 1.0, "weight of the objective's loss on latents")
+    pixel_loss_weight: NonNegativeFloat = key(
+        "training", 0.0, "weight of the mask's cross-entropy and Dice loss, through mask_decoder"
+    )
     max_grad_norm: PositiveFloat | None = key("training", 1.0, "gradients are clipped to this norm; null: no clipping")
 
     optimizer: Literal["adamw", "adamw_8bit"] = key(

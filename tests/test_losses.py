@@ -1,0 +1,42 @@
+"""The loss on pixels has its known values, and the parts are weighted as asked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models.losses import segmentation_loss, weighted_losses
+from models.objectives import LatentLoss
+
+
+def halves() -> torch.Tensor:
+    """Two truths of 16 pixels: the left half, and nothing."""
+    truth = torch.zeros(2, 4, 4)
+    truth[0, :, :2] = 1
+    return truth
+
+
+def test_loss_is_zero_for_the_truth_and_has_its_known_value_at_one_half() -> None:
+    truth = halves()
+    assert segmentation_loss(truth * 200 - 100, truth).tolist() == pytest.approx([0, 0], abs=1e-6)
+    # p = 1/2 everywhere: cross-entropy ln 2; Dice 1 - 9 / 17 with 8 of 16 pixels true, 1 - 1 / 9 with none.
+    expected = [0.693147 + 8 / 17, 0.693147 + 8 / 9]
+    assert segmentation_loss(torch.zeros(2, 4, 4), truth).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_parts_are_weighted_and_named() -> None:
+    latent = LatentLoss(torch.tensor([1.0, 3.0]), torch.zeros(2, 1, 4, 4))
+    losses = weighted_losses(latent, halves().to(torch.uint8), lambda z: z[:, 0], 0.5, 2.0)
+    assert losses["latent_loss"].tolist() == [1, 3]
+    pixel = losses["pixel_loss"].tolist()
+    assert pixel == pytest.approx([0.693147 + 8 / 17, 0.693147 + 8 / 9], abs=1e-5)
+    assert losses["loss"].tolist() == pytest.approx([0.5 + 2 * pixel[0], 1.5 + 2 * pixel[1]])
+
+
+def test_without_a_weight_pixels_are_not_decoded() -> None:
+    def fail(latents: torch.Tensor) -> torch.Tensor:
+        raise AssertionError
+
+    losses = weighted_losses(LatentLoss(torch.ones(2), torch.zeros(2, 1, 4, 4)), halves(), fail, 1.0, 0.0)
+    assert losses["loss"].tolist() == [1, 1]
+    assert losses.keys() == {"loss", "latent_loss"}

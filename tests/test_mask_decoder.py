@@ -1,0 +1,194 @@
+"""The light mask decoder: its size, its training alone, and its way through training, checkpoints, inference and export."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.subjects import SD35_VAE
+from dataset.codecs import build_codec
+from dataset.trans10k import LAYOUTS, scan
+from dataset.transforms import flip, read_label
+from models.base import load_vae
+from models.latents import LatentCodec
+from models.mask_decoder import FlippedLabels, LightMaskDecoder, load_mask_decoder, train
+from models.pipeline import TransparencySegmentationPipeline
+from models.trainable import build_trainable
+from tests.conftest import RESOLUTION, ROOT, Launch, arguments_of, environment, make_prompt, write_base
+from utils.checkpoints import export, load_pipeline
+from utils.config import Config
+from utils.errors import InputError
+from utils.history import read_history
+
+READER = LAYOUTS["trans10k"].read_label
+LIGHT = {"mask_decoder": "light", "pixel_loss_weight": 1.0, "latent_loss_weight": 0.2}
+
+
+@pytest.fixture
+def light_base(tmp_path: Path) -> Path:
+    """A base with a light decoder of its own."""
+    folder = write_base(tmp_path / "light_base")
+    torch.manual_seed(5)
+    LightMaskDecoder(16, 8).save_pretrained(folder / "mask_decoder")
+    return folder
+
+
+def test_it_is_small_and_costs_less_than_a_fiftieth_of_the_vaes_decoder() -> None:
+    decoder = LightMaskDecoder()
+    assert decoder.num_parameters() < 3e6
+    latents = torch.zeros(1, 16, 32, 32, device="meta")  # both grow alike with the pixels, but for the VAE's attention
+    with FlopCounterMode(display=False) as light:
+        assert decoder.to("meta")(latents).shape == (1, 256, 256)
+    with FlopCounterMode(display=False) as whole, torch.device("meta"):
+        AutoencoderKL(**SD35_VAE).decoder(latents)
+    assert light.get_total_flops() * 50 < whole.get_total_flops()
+
+
+def test_a_picture_is_read_alike_alone_and_in_a_batch() -> None:
+    decoder = LightMaskDecoder(16, 8).eval()
+    latents = torch.randn(3, 16, 4, 6, generator=torch.Generator().manual_seed(0))
+    together = decoder(latents)
+    assert together.shape == (3, 32, 48)
+    torch.testing.assert_close(decoder(latents[1:2]), together[1:2], rtol=1e-5, atol=1e-6)
+    assert decoder.half()(latents.half()).dtype == torch.float32
+
+
+def test_labels_are_flipped_about_every_second_time(trans10k: Path) -> None:
+    pairs = scan("trans10k", trans10k, "train").pairs
+    data = FlippedLabels(pairs, READER, RESOLUTION, seed=1)
+    label = torch.from_numpy(read_label(pairs[2].mask_path, READER, RESOLUTION))
+    mirrored = torch.from_numpy(flip(label.numpy()).copy())
+    assert not label.equal(mirrored)
+    drawn = [data[epoch, 2] for epoch in range(40)]
+    assert {True, False} == {each.equal(label) for each in drawn}
+    assert all(each.equal(label) or each.equal(mirrored) for each in drawn)
+    assert all(data[epoch, 2].equal(each) for epoch, each in enumerate(drawn))
+
+
+def test_alone_it_learns_to_read_masks_from_their_latents() -> None:
+    vae = load_vae(ROOT / "assets" / "tiny_sd3", torch.float32)
+    pairs = scan("trans10k", ROOT / "assets" / "glass_sample", "train").pairs[:32]
+    data = FlippedLabels(pairs, READER, 64, seed=0)
+    decoder = train(vae, data, "binary", width=32, steps=120, batch_size=8, peak_rate=3e-3, seed=0)
+    labels = torch.stack([data[0, index] for index in range(32)])
+    with torch.no_grad():
+        found = decoder(LatentCodec(vae).encode(build_codec("binary").encode(labels))) > 0
+    wrong = (found != (labels == 1)).float().mean().item()
+    assert wrong < 0.03  # a decoder that answers "nothing" is wrong on about a third
+
+
+def test_the_tiny_base_brings_one_that_reads_unseen_masks() -> None:
+    base = ROOT / "assets" / "tiny_sd3"
+    vae, decoder = load_vae(base, torch.float32), load_mask_decoder(base / "mask_decoder", 16)
+    pairs = scan("trans10k", ROOT / "assets" / "glass_sample", "test", limit=24).pairs
+    labels = torch.stack([torch.from_numpy(read_label(pair.mask_path, READER, 128)) for pair in pairs])
+    with torch.no_grad():
+        found = decoder(LatentCodec(vae).encode(build_codec("binary").encode(labels))) > 0
+    truth = labels == 1
+    both, either = (found & truth).sum((1, 2)), (found | truth).sum((1, 2))
+    assert torch.where(either > 0, both / either.clamp(min=1), 1.0).mean() > 0.98
+
+
+@pytest.mark.parametrize("way", [{}, {"objective": "diffusion"}, {"latent_cache": "disk"}, {"ema_decay": 0.9}])
+def test_it_is_trained_saved_resumed_scored_and_exported(
+    way: dict[str, object], light_base: Path, flags: dict[str, object], launch: Launch, tmp_path: Path
+) -> None:
+    flags |= {**LIGHT, **way, "base_model_path": light_base, "val_steps": 3}
+    launch("trainer.py", flags)
+    whole, parts = tmp_path / "run", tmp_path / "parts"
+    (parts / "checkpoints").mkdir(parents=True)
+    shutil.copytree(whole / "checkpoints" / "checkpoint-3", parts / "checkpoints" / "checkpoint-3")
+    launch("trainer.py", {**flags, "output_dir": parts, "resume_from_checkpoint": "latest"})
+    weights = "checkpoints/checkpoint-6/mask_decoder/diffusion_pytorch_model.safetensors"
+    left, right = load_file(whole / weights), load_file(parts / weights)
+    start = load_file(light_base / "mask_decoder" / "diffusion_pytorch_model.safetensors")
+    assert left.keys() == right.keys() == start.keys()
+    assert all(left[name].equal(right[name]) for name in left)
+    assert all(not left[name].equal(start[name]) for name in left)  # all of it is trained
+    transformer = load_file(whole / "checkpoints/checkpoint-6/transformer/diffusion_pytorch_model.safetensors")
+    assert not any("mask_decoder" in name for name in transformer)
+    for row in read_history(whole / "history.csv"):
+        if row["loss"]:
+            parts_of_loss = 0.2 * float(row["latent_loss"]) + float(row["pixel_loss"])
+            assert float(row["loss"]) == pytest.approx(parts_of_loss, rel=1e-4)
+
+    # What was scored while training and what the checkpoint gives later are one thing.
+    done = launch("val_inference.py", {**flags, "load_checkpoint": "best"})
+    assert "mix" in done.stdout
+    checkpoint = export(whole, tmp_path / "exported", name="checkpoint-6")
+    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected = load_pipeline(checkpoint, torch.float32)(images)
+    found = TransparencySegmentationPipeline.from_pretrained(tmp_path / "exported")(images)
+    torch.testing.assert_close(found.predictions, expected.predictions, rtol=0, atol=0)
+    grey = found.predictions
+    torch.testing.assert_close(grey[:, :1].expand(-1, 3, -1, -1), grey)  # a probability, not a colour
+
+
+def test_the_loss_on_pixels_reaches_the_transformer_through_the_vae_too(
+    flags: dict[str, object], launch: Launch, tmp_path: Path
+) -> None:
+    flags |= {"max_train_steps": 2, "val_steps": "null"}
+    launch("trainer.py", {**flags, "pixel_loss_weight": 1.0, "latent_loss_weight": 0.0})
+    rows = read_history(tmp_path / "run" / "history.csv")
+    assert all(float(row["grad_norm"]) > 0 and row["loss"] == row["pixel_loss"] for row in rows)
+    assert not (tmp_path / "run" / "checkpoints" / "checkpoint-2" / "mask_decoder").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mask_decoder": "light"}, "mask_decoder: light is trained by the loss on pixels; set pixel_loss_weight"),
+        ({"latent_loss_weight": 0.0}, "latent_loss_weight and pixel_loss_weight are both 0"),
+        ({"mask_decoder": "light", "pixel_loss_weight": 1.0}, "has no light one; train one with `python -m models"),
+        (
+            {"mask_decoder": "light", "pixel_loss_weight": 1.0, "mask_decoder_path": "/nowhere/decoder"},
+            "/nowhere/decoder: cannot be loaded as LightMaskDecoder",
+        ),
+    ],
+)
+def test_settings_at_odds_are_refused(changes: dict[str, object], message: str, base: Path) -> None:
+    config = replace(Config(), resolution=32, **changes)
+    with pytest.raises(InputError, match=message):
+        build_trainable(config, base, None, make_prompt())
+
+
+def test_a_decoder_for_other_latents_is_refused(base: Path, tmp_path: Path) -> None:
+    LightMaskDecoder(4, 8).save_pretrained(tmp_path / "decoder")
+    config = replace(Config(), resolution=32, mask_decoder_path=str(tmp_path / "decoder"), **LIGHT)
+    with pytest.raises(InputError, match="a mask decoder for 4 latent channels, this base has 16"):
+        build_trainable(config, base, None, make_prompt())
+
+
+def run_module(*options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "models.mask_decoder", *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=300)
+
+
+def test_its_command_line_writes_what_a_run_starts_from(
+    base: Path, trans10k: Path, flags: dict[str, object], launch: Launch, tmp_path: Path
+) -> None:
+    out = tmp_path / "decoder"
+    given = {"base_model_path": base, "dataset_path": trans10k, "resolution": RESOLUTION}
+    options = [*arguments_of(given), "--width", 8, "--steps", 3, "--batch_size", 2]
+    done = run_module(out, *options)
+    assert f"{out}: 0.0" in done.stdout, done.stderr
+    assert json.loads((out / "config.json").read_text())["width"] == 8
+    launch("trainer.py", {**flags, **LIGHT, "mask_decoder_path": out, "max_train_steps": 2, "val_steps": "null"})
+    for refused, message in (
+        (run_module(out, *options), "exists already; choose another folder"),
+        (run_module(tmp_path / "other", *options, "--width", 9), "--width must be a multiple of 8"),
+        (run_module(tmp_path / "other", *options, "--resolution", 9), "--resolution"),
+    ):
+        assert refused.returncode == 2
+        assert message in refused.stderr
+        assert len(refused.stderr.strip().splitlines()) == 1
