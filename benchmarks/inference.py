@@ -15,6 +15,7 @@ from benchmarks.training import chosen, parse, release, report
 from models.base import DTYPES, compile_vae
 from models.folding import fold
 from models.latents import LatentCodec
+from models.mask_decoder import LightMaskDecoder
 from models.objectives import EndToEnd
 from models.trainable import compile_blocks
 from utils.errors import run_command
@@ -31,6 +32,7 @@ class Way:
         folded: constant conditioning folded.
         without_zero_rows: of the prompt.
         compiled: transformer and VAE through torch.compile.
+        light: masks are read by the light decoder instead of the VAE's.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Way:
     folded: bool = False
     without_zero_rows: bool = False
     compiled: bool = False
+    light: bool = False
 
 
 WAYS = (
@@ -46,7 +49,9 @@ WAYS = (
     Way("batched", batched=True),
     Way("batched, channels last", batched=True, channels_last=True),
     Way("batched, channels last, folded, without zero rows", True, True, True, True),
-    Way("the same, compiled", True, True, True, True, True),
+    Way("the same, light mask decoder", True, True, True, True, light=True),
+    Way("the same, compiled, VAE's decoder", True, True, True, True, True),
+    Way("the same, compiled, light mask decoder", True, True, True, True, True, light=True),
 )
 
 
@@ -72,18 +77,20 @@ class Inference:
         if way.folded:
             transformer = fold(transformer, self.prompt, 1000.0)
         self.transformer = transformer.to(dtype).requires_grad_(False).eval()
+        self.decoder = LightMaskDecoder().to(device, dtype).eval() if way.light else None
         if way.compiled:
             compile_blocks(self.transformer)
             compile_vae(self.vae)
 
     @torch.no_grad()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns decoded pixels (B, 3, H, W) of pictures in [-1, 1]."""
+        """Returns decoded pixels (B, 3, H, W) or, from the light decoder, logits (B, H, W) of pictures in [-1, 1]."""
         codec = LatentCodec(self.vae)
+        decode = codec.decode if self.decoder is None else self.decoder
         groups = [images] if self.way.batched else list(images.split(1))
         return torch.cat(
             [
-                codec.decode(self.objective.predict(self.transformer, codec.encode(group), self.prompt)).cpu()
+                decode(self.objective.predict(self.transformer, codec.encode(group), self.prompt)).cpu()
                 for group in groups
             ]
         )

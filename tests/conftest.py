@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from PIL import Image
 
 from models.base import PROMPT_FILE_NAME
+from models.mask_decoder import LightMaskDecoder
 from models.prompt import EmptyPrompt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,6 +72,8 @@ def write_base(folder: Path) -> Path:
     make_transformer().save_pretrained(folder / "transformer")
     FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
     make_prompt().save_file(folder / PROMPT_FILE_NAME)
+    torch.manual_seed(5)
+    LightMaskDecoder(16, 8).save_pretrained(folder / "mask_decoder")
     return folder
 
 

@@ -35,6 +35,7 @@ def test_all_engines_give_the_same_losses_and_read_each_others_checkpoints(
     flags: dict[str, object], launch: Launch, tmp_path: Path
 ) -> None:
     flags |= {"max_train_steps": 4, "save_checkpoint_steps": 4, "val_steps": 4}
+    flags |= {"mask_decoder": "light", "pixel_loss_weight": 0.5}  # a second module, called beside the transformer
     launchers = {
         "plain": "configs/accelerate/cpu.yaml",
         "two processes": "configs/accelerate/cpu_2_processes.yaml",

@@ -34,15 +34,6 @@ READER = LAYOUTS["trans10k"].read_label
 LIGHT = {"mask_decoder": "light", "pixel_loss_weight": 1.0, "latent_loss_weight": 0.2}
 
 
-@pytest.fixture
-def light_base(tmp_path: Path) -> Path:
-    """A base with a light decoder of its own."""
-    folder = write_base(tmp_path / "light_base")
-    torch.manual_seed(5)
-    LightMaskDecoder(16, 8).save_pretrained(folder / "mask_decoder")
-    return folder
-
-
 def test_it_is_small_and_costs_less_than_a_fiftieth_of_the_vaes_decoder() -> None:
     decoder = LightMaskDecoder()
     assert decoder.num_parameters() < 3e6
@@ -101,9 +92,9 @@ def test_the_tiny_base_brings_one_that_reads_unseen_masks() -> None:
 
 @pytest.mark.parametrize("way", [{}, {"objective": "diffusion"}, {"latent_cache": "disk"}, {"ema_decay": 0.9}])
 def test_it_is_trained_saved_resumed_scored_and_exported(
-    way: dict[str, object], light_base: Path, flags: dict[str, object], launch: Launch, tmp_path: Path
+    way: dict[str, object], base: Path, flags: dict[str, object], launch: Launch, tmp_path: Path
 ) -> None:
-    flags |= {**LIGHT, **way, "base_model_path": light_base, "val_steps": 3}
+    flags |= {**LIGHT, **way, "val_steps": 3}
     launch("trainer.py", flags)
     whole, parts = tmp_path / "run", tmp_path / "parts"
     (parts / "checkpoints").mkdir(parents=True)
@@ -111,7 +102,7 @@ def test_it_is_trained_saved_resumed_scored_and_exported(
     launch("trainer.py", {**flags, "output_dir": parts, "resume_from_checkpoint": "latest"})
     weights = "checkpoints/checkpoint-6/mask_decoder/diffusion_pytorch_model.safetensors"
     left, right = load_file(whole / weights), load_file(parts / weights)
-    start = load_file(light_base / "mask_decoder" / "diffusion_pytorch_model.safetensors")
+    start = load_file(base / "mask_decoder" / "diffusion_pytorch_model.safetensors")
     assert left.keys() == right.keys() == start.keys()
     assert all(left[name].equal(right[name]) for name in left)
     assert all(not left[name].equal(start[name]) for name in left)  # all of it is trained
@@ -149,7 +140,6 @@ def test_the_loss_on_pixels_reaches_the_transformer_through_the_vae_too(
     [
         ({"mask_decoder": "light"}, "mask_decoder: light is trained by the loss on pixels; set pixel_loss_weight"),
         ({"latent_loss_weight": 0.0}, "latent_loss_weight and pixel_loss_weight are both 0"),
-        ({"mask_decoder": "light", "pixel_loss_weight": 1.0}, "has no light one; train one with `python -m models"),
         (
             {"mask_decoder": "light", "pixel_loss_weight": 1.0, "mask_decoder_path": "/nowhere/decoder"},
             "/nowhere/decoder: cannot be loaded as LightMaskDecoder",
@@ -160,6 +150,14 @@ def test_settings_at_odds_are_refused(changes: dict[str, object], message: str, 
     config = replace(Config(), resolution=32, **changes)
     with pytest.raises(InputError, match=message):
         build_trainable(config, base, None, make_prompt())
+
+
+def test_a_base_without_one_says_how_to_train_it(tmp_path: Path) -> None:
+    folder = write_base(tmp_path / "base")
+    shutil.rmtree(folder / "mask_decoder")
+    config = replace(Config(), resolution=32, **LIGHT)
+    with pytest.raises(InputError, match=r"has no light one; train one with `python -m models\.mask_decoder OUT"):
+        build_trainable(config, folder, None, make_prompt())
 
 
 def test_a_decoder_for_other_latents_is_refused(base: Path, tmp_path: Path) -> None:

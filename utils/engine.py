@@ -144,6 +144,10 @@ def _check_support(config: Config, accelerator: Accelerator) -> None:
             f"optimizer: {config.optimizer} with weights: {config.weights} works with one process or DDP; this engine has "
             "its own ways to save memory"
         )
+    if config.mask_decoder == "light" and accelerator.distributed_type == DistributedType.FSDP:
+        raise InputError(
+            "mask_decoder: light works with one process, DDP or DeepSpeed; with FSDP2 use mask_decoder: vae"
+        )
     if config.trainable == "lora" and sharded:
         raise InputError(
             "trainable: lora works with one process, DDP or ZeRO-2: adapters are small, nothing needs sharding"
