@@ -18,7 +18,7 @@ from models.base import DTYPES, load_prompt, load_vae, resolve_base
 from models.latents import LatentBatches
 from models.losses import weighted_losses
 from models.prompt import EmptyPrompt
-from models.trainable import build_trainable, mask_decoder_of
+from models.trainable import build_trainable, check_settings, mask_decoder_of
 from utils import checkpoints
 from utils.caching import cached_latents
 from utils.checkpoints import TrainingState
@@ -39,6 +39,7 @@ from utils.training_state import (
     prepare_output,
     restore_average,
     restore_optimizer,
+    restore_raw_weights,
     save_training,
 )
 
@@ -63,8 +64,13 @@ class Trainer:
         )
         prepare_output(accelerator, config, self.plan, num_parameters, self.global_step)
         self.optimizer = build_optimizer(self.transformer, config, self.plan.peak_rate)
-        self.average = MovingAverage(self.transformer, config.ema_decay) if config.ema_decay else None
+        if self.resumed:
+            restore_raw_weights(self.resumed, self.transformer)
+        # The engine moves the weights to its device, and may keep copies of its own of what they are now.
         self.transformer, self.optimizer = accelerator.prepare(self.transformer, self.optimizer)
+        self.average = (
+            MovingAverage(accelerator.unwrap_model(self.transformer), config.ema_decay) if config.ema_decay else None
+        )
         if self.resumed:
             restore_optimizer(accelerator, self.resumed, self.transformer, self.optimizer)
             if self.average:
@@ -146,11 +152,14 @@ class Trainer:
             torch_generator(Stream.TRAINING_NOISE, self.config.seed, epoch, index)
             for epoch, index in zip(batch["epoch"], batch["index"], strict=True)
         ]
-        latent = self.pipeline.objective.loss(
+        estimate = self.pipeline.objective.loss(
             self.transformer, batch["image_latents"], batch["mask_latents"], self.prompt, generators
         )
         weights = (self.config.latent_loss_weight, self.config.pixel_loss_weight)
-        return weighted_losses(latent, batch["label"], self.pipeline.read_logits, *weights)
+        with (
+            self.accelerator.autocast()
+        ):  # the mask decoder is called beside the transformer, which engines cast by themselves
+            return weighted_losses(estimate, batch["label"], self.pipeline.read_logits, *weights)
 
     def _validate(self) -> None:
         """Scores the validation split; a new best checkpoint is saved at once."""
@@ -159,7 +168,7 @@ class Trainer:
         vae_device = self.pipeline.vae.device
         self.pipeline.vae.to(self.accelerator.device)
         self.transformer.eval()
-        with self.average.in_place() if self.average else nullcontext():
+        with self.average.in_place() if self.average else nullcontext(), self.accelerator.autocast():
             scores = evaluate(
                 self.pipeline,
                 self.validation_data,
@@ -202,6 +211,8 @@ class Trainer:
                 else load_prompt(config.base_model_path, config.prompt_embeds_path)
             ).to(device)
         vae = load_vae(base, DTYPES[config.data_type], config.compile).to(device)
+        if config.gradient_checkpointing:  # for a loss on the pixels that it decodes
+            vae.enable_gradient_checkpointing()
         if config.drop_zero_prompt_rows:
             self.prompt = self.prompt.without_zero_rows()
         self.transformer = build_trainable(config, base, self.resumed, self.prompt)
@@ -280,6 +291,7 @@ class Trainer:
 def main() -> None:
     """Command line of the trainer."""
     config, _ = parse_config(sys.argv[1:], __doc__ or "")
+    check_settings(config)
     stop = StopRequests()
     trackers = check_tracker(config.tracker)
     data = (config.dataset_name, config.dataset_path)

@@ -27,22 +27,22 @@ def check_flags(config: Config, flags: frozenset[str], trained: Config, checkpoi
     """Compares what was given as flags with what the checkpoint was trained with.
 
     Raises:
-        InputError: if objective, base or prompt contradict.
+        InputError: if objective, mask decoder, base or prompt contradict.
     """
     remedy = f"leave the flag out, or load another checkpoint than {checkpoint}"
-    if "objective" in flags and config.objective != trained.objective:
-        raise InputError(
-            f"--objective {config.objective}: the checkpoint was trained with {trained.objective}; {remedy}"
-        )
+    for name in ("objective", "mask_decoder"):
+        given, used = getattr(config, name), getattr(trained, name)
+        if name in flags and given != used:
+            raise InputError(f"--{name} {given}: the checkpoint was trained with {used}; {remedy}")
     if "base_model_path" in flags and not checkpoints.same_base(config, trained):
         raise InputError(
             f"--base_model_path {config.base_model_path}: the checkpoint was trained on {trained.base_model_path}; {remedy}"
         )
     if "prompt_embeds_path" in flags and config.prompt_embeds_path is not None:
-        given = EmptyPrompt.from_file(Path(config.prompt_embeds_path))
+        prompt = EmptyPrompt.from_file(Path(config.prompt_embeds_path))
         stored = EmptyPrompt.from_file(checkpoint / checkpoints.PROMPT_FILE_NAME)
-        if not torch.equal(given.prompt_embeds, stored.prompt_embeds) or not torch.equal(
-            given.pooled_prompt_embeds, stored.pooled_prompt_embeds
+        if not torch.equal(prompt.prompt_embeds, stored.prompt_embeds) or not torch.equal(
+            prompt.pooled_prompt_embeds, stored.pooled_prompt_embeds
         ):
             raise InputError(
                 f"--prompt_embeds_path {config.prompt_embeds_path}: not the checkpoint's own prompt; {remedy}"

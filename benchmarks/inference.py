@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,14 +44,15 @@ class Way:
     light: bool = False
 
 
+_ALL = Way("all", batched=True, channels_last=True, folded=True, without_zero_rows=True)
 WAYS = (
     Way("published"),
     Way("batched", batched=True),
     Way("batched, channels last", batched=True, channels_last=True),
-    Way("batched, channels last, folded, without zero rows", True, True, True, True),
-    Way("the same, light mask decoder", True, True, True, True, light=True),
-    Way("the same, compiled, VAE's decoder", True, True, True, True, True),
-    Way("the same, compiled, light mask decoder", True, True, True, True, True, light=True),
+    replace(_ALL, name="batched, channels last, folded, without zero rows"),
+    replace(_ALL, name="all of these, light mask decoder", light=True),
+    replace(_ALL, name="all of these, compiled", compiled=True),
+    replace(_ALL, name="all of these, compiled, light mask decoder", compiled=True, light=True),
 )
 
 
@@ -81,6 +82,8 @@ class Inference:
         if way.compiled:
             compile_blocks(self.transformer)
             compile_vae(self.vae)
+            if self.decoder is not None:
+                self.decoder.compile()
 
     @torch.no_grad()
     def predict(self, images: torch.Tensor) -> torch.Tensor:

@@ -146,7 +146,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("assets/glass_sample"), help="the data set's root")
     parser.add_argument("--minutes", type=float, default=5.0, help="training time; scoring comes on top")
     parser.add_argument("--batch_size", type=partial(convert, "train_batch_size", where="--batch_size"), default=16)
-    parser.add_argument("--out", type=Path, default=Path("docs/results/unet.json"), help="file for the results")
+    parser.add_argument("--out", type=Path, default=Path("runs/unet.json"), help="file for the results")
     for name, default in CONFIG_FLAGS.items():
         kind, meaning = partial(convert, name, where=f"--{name}"), FIELDS[name].metadata["meaning"]
         parser.add_argument(f"--{name}", type=kind, default=default, help=meaning)

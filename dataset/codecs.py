@@ -22,6 +22,9 @@ class Codec(Protocol):
     def decode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Turns pixels (B, 3, H, W) in [-1, 1] into soft labels (B, H, W) in [0, 1]."""
 
+    def logits(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Turns decoded pixels (B, 3, H, W), not clamped, into logits of label 1 (B, H, W), with their gradient."""
+
     def quantise(self, soft: torch.Tensor, threshold: float) -> torch.Tensor:
         """Turns soft labels (B, H, W) into labels (B, H, W), uint8."""
 
@@ -30,12 +33,16 @@ class BinaryCodec:
     """Transparent or not: label 1 is white, label 0 is black."""
 
     def encode(self, label: torch.Tensor) -> torch.Tensor:
-        """Turns labels in {0, 1}, (B, H, W), into float32 pixels in {-1, 1}, (B, 3, H, W)."""
+        """Turns labels in {0, 1}, or soft labels between, (B, H, W), into float32 pixels in [-1, 1], (B, 3, H, W)."""
         return (label.float() * 2 - 1).unsqueeze(1).expand(-1, 3, -1, -1)
 
     def decode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Turns pixels (B, 3, H, W), clamped to [-1, 1], into the mean over their channels in [0, 1], (B, H, W)."""
         return (pixels.float().clamp(-1, 1).mean(dim=1) + 1) / 2
+
+    def logits(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Turns pixels (B, 3, H, W) into four times their channels' mean: white means .982, black .018."""
+        return 4 * pixels.float().mean(dim=1)
 
     def quantise(self, soft: torch.Tensor, threshold: float) -> torch.Tensor:
         """Turns soft labels in [0, 1] into labels in {0, 1}, uint8: 1 where soft > threshold."""

@@ -22,6 +22,7 @@ from utils.errors import InputError, first_line
 
 PROMPT_FILE_NAME = "empty_prompt.safetensors"
 MODEL_PARTS = ("transformer", "vae", "scheduler")
+MASK_DECODER = "mask_decoder"  # a part that a base may have
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt")
 
@@ -48,7 +49,7 @@ def resolve_base(base_model_path: str, parts: tuple[str, ...] = MODEL_PARTS) -> 
         return folder
     if base_model_path.startswith((".", "~", os.sep)) or base_model_path.count("/") != 1:
         raise InputError(f"{base_model_path}: no such folder, and not a hub id (OWNER/NAME); check base_model_path")
-    patterns = [f"{part}/{pattern}" for part in parts for pattern in HUB_PATTERNS]
+    patterns = [f"{part}/{pattern}" for part in (*parts, MASK_DECODER) for pattern in HUB_PATTERNS]
     try:
         return Path(snapshot_download(base_model_path, allow_patterns=patterns))
     except GatedRepoError as error:

@@ -133,11 +133,12 @@ def fold(transformer: SD3Transformer2DModel, prompt: EmptyPrompt, timestep: floa
 
     Args:
         transformer: in fp32; its unfolded layers are shared with the result, not copied.
-        prompt: of every later call.
+        prompt: of every later call, on any device.
         timestep: of every later call, 1000 * sigma.
     """
-    prompt_embeds, pooled = prompt.expand(1, torch.float32)
-    embedding = transformer.time_text_embed(torch.full((1,), timestep, device=pooled.device), pooled)
+    device = transformer.proj_out.weight.device
+    prompt_embeds, pooled = (rows.to(device) for rows in prompt.expand(1, torch.float32))
+    embedding = transformer.time_text_embed(torch.full((1,), timestep, device=device), pooled)
     activation = nn.functional.silu(embedding)  # (1, width), what every modulation linear sees
     rows = transformer.context_embedder(prompt_embeds)[0]  # (L, caption_projection_dim)
     settings: dict[str, Any] = {key: value for key, value in transformer.config.items() if not key.startswith("_")}

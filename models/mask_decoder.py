@@ -34,9 +34,8 @@ from utils.config import FIELDS, convert
 from utils.errors import InputError, run_command
 from utils.seeding import Stream, numpy_generator, torch_generator
 
-FOLDER_NAME = "mask_decoder"
 GROUPS = 8  # of the group norm
-DETAIL_CHANNELS = 16  # at half and at full resolution
+DETAIL_CHANNELS = 16  # at half the pixels' resolution
 WARM_UP_STEPS = 50
 MAX_NOISE = 0.5  # of the latents' standard deviation: predicted latents are never exact
 

@@ -13,7 +13,7 @@ from models import flow
 from models.prompt import EmptyPrompt
 
 
-class LatentLoss(NamedTuple):
+class LatentEstimate(NamedTuple):
     """What a training step knows of a batch."""
 
     latent_loss: torch.Tensor
@@ -39,7 +39,7 @@ class Objective(Protocol):
         target_latents: torch.Tensor,
         prompt: EmptyPrompt,
         generator: Sequence[torch.Generator],
-    ) -> LatentLoss:
+    ) -> LatentEstimate:
         """Returns the loss of each sample and the estimate of its target, for latents (B, C, h, w)."""
 
     def predict(
@@ -82,11 +82,11 @@ class EndToEnd:
         target_latents: torch.Tensor,
         prompt: EmptyPrompt,
         generator: Sequence[torch.Generator] = (),
-    ) -> LatentLoss:
+    ) -> LatentEstimate:
         """Returns the mean squared error in latent space, (B,), and the prediction."""
         _check_shapes(condition_latents, target_latents)
         model_pred = self.predict(transformer, condition_latents, prompt)
-        return LatentLoss((model_pred - target_latents).square().mean(dim=(1, 2, 3)), model_pred)
+        return LatentEstimate((model_pred - target_latents).square().mean(dim=(1, 2, 3)), model_pred)
 
 
 class Diffusion:
@@ -113,7 +113,7 @@ class Diffusion:
         target_latents: torch.Tensor,
         prompt: EmptyPrompt,
         generator: Sequence[torch.Generator],
-    ) -> LatentLoss:
+    ) -> LatentEstimate:
         """Returns the weighted squared error of the velocity (SD3, equation 8 in its rectified form), (B,), and the data that it points to."""
         _check_shapes(condition_latents, target_latents)
         sigmas = flow.sample_sigmas(shift=self.shift, generators=generator, **self.density).to(target_latents.device)
@@ -122,8 +122,8 @@ class Diffusion:
         model_pred = self._velocity(transformer, condition_latents, noisy, sigmas, prompt)
         weights = flow.loss_weights(self.density["weighting_scheme"], sigmas)
         error = (model_pred - flow.velocity(target_latents, noise)).square()
-        clean_latents = flow.euler_step(noisy, model_pred, sigmas, torch.zeros_like(sigmas))
-        return LatentLoss((weights * error).mean(dim=(1, 2, 3)), clean_latents)
+        clean_latents = flow.clean_from_velocity(noisy, model_pred, sigmas)
+        return LatentEstimate((weights * error).mean(dim=(1, 2, 3)), clean_latents)
 
     def predict(
         self,

@@ -22,7 +22,6 @@ from models.prompt import EmptyPrompt
 from utils.seeding import Stream, torch_generator
 
 DEFAULT_BATCH_SIZE = 4
-VAE_LOGIT_SCALE = 4.0
 
 
 @dataclass
@@ -65,7 +64,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         mode_scale: of the training.
     """
 
-    model_cpu_offload_seq = "prompt->vae->transformer->mask_decoder->vae"
+    model_cpu_offload_seq = "prompt->vae->transformer->mask_decoder"
     _optional_components = ["mask_decoder"]  # noqa: RUF012  as Diffusers declares it
 
     def __init__(
@@ -109,13 +108,19 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         self.latent_codec = LatentCodec(vae)
         self.codec = build_codec(codec)
 
+    @property
+    def vae_device(self) -> torch.device:
+        """Where the VAE computes, which is not where it lies while `enable_model_cpu_offload` keeps it away."""
+        hook = getattr(self.vae, "_hf_hook", None)
+        return torch.device(getattr(hook, "execution_device", None) or self.vae.device)
+
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """Returns latents (B, C, H/8, W/8), float32, on the VAE's device, of pictures (B, 3, H, W) in [0, 1]."""
-        return self.latent_codec.encode(images.to(self.vae.device, non_blocking=True) * 2 - 1)
+        return self.latent_codec.encode(images.to(self.vae_device, non_blocking=True) * 2 - 1)
 
     def encode_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """Returns latents (B, C, H/8, W/8), float32, on the VAE's device, of labels (B, H, W), uint8."""
-        return self.latent_codec.encode(self.codec.encode(labels.to(self.vae.device, non_blocking=True)))
+        return self.latent_codec.encode(self.codec.encode(labels.to(self.vae_device, non_blocking=True)))
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Returns pixels (B, 3, 8h, 8w), float32, about [-1, 1], of predicted latents (B, C, h, w); gradients flow through."""
@@ -124,12 +129,9 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         return self.codec.encode(self.mask_decoder(latents).sigmoid())
 
     def read_logits(self, latents: torch.Tensor) -> torch.Tensor:
-        """Returns logits of the mask (B, 8h, 8w), float32, of predicted latents (B, C, h, w); gradients flow through.
-
-        Without a light decoder they are the decoded brightness, scaled so that white and black are .98 and .02.
-        """
+        """Returns logits of the mask (B, 8h, 8w), float32, of predicted latents (B, C, h, w); gradients flow through."""
         if self.mask_decoder is None:
-            return self.latent_codec.decode(latents).mean(dim=1) * VAE_LOGIT_SCALE
+            return self.codec.logits(self.latent_codec.decode(latents))
         return self.mask_decoder(latents)
 
     @torch.no_grad()

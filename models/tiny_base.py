@@ -1,7 +1,7 @@
-"""Builds the tiny base model from pictures alone: a small VAE, then a rectified-flow transformer on its latents.
+"""Builds the tiny base model: a small VAE, a light mask decoder for its latents, and a rectified-flow transformer on them.
 
-`python -m models.tiny_base OUT --data ROOT [ROOT ...]` reads the training splits of data sets in the Trans10k layout.
-Both stages save their state beside OUT every few minutes and go on from it when started again.
+`python -m models.tiny_base OUT --data ROOT [ROOT ...]` reads the training splits of data sets in the Trans10k layout. VAE and
+transformer save their state beside OUT every few minutes and go on from it when started again.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 
 from dataset.trans10k import LAYOUTS, Pair, scan
 from dataset.transforms import read_image, read_label
-from models import flow
-from models.base import PROMPT_FILE_NAME, load_vae
+from models import flow, mask_decoder
+from models.base import MASK_DECODER, PROMPT_FILE_NAME, load_vae
 from models.latents import LatentCodec
+from models.mask_decoder import LightMaskDecoder
 from models.objectives import call_transformer
 from models.prompt import EmptyPrompt
 from utils.errors import run_command
@@ -57,6 +58,7 @@ TRANSFORMER_CONFIG: dict[str, Any] = {
     "qk_norm": "rms_norm",
 }
 NUM_PROMPT_TOKENS = 2
+MASK_DECODER_WIDTH = 64
 SHIFT = 3.0  # of the scheduler, as in SD3.5
 NUM_VARIANTS = 8  # crops of each picture that the transformer is pretrained on
 KL_WEIGHT = 1e-4
@@ -216,6 +218,27 @@ def train_vae(
     return vae.eval().requires_grad_(False)
 
 
+def train_decoder(vae: AutoencoderKL, arguments: argparse.Namespace) -> LightMaskDecoder:
+    """Trains the light mask decoder on the masks of the data sets; takes minutes and keeps no state.
+
+    Args:
+        vae: frozen.
+        arguments: of the command line.
+    """
+    layout = LAYOUTS["trans10k"]
+    pairs = [pair for root in arguments.data for pair in scan("trans10k", root, "train").pairs]
+    return mask_decoder.train(
+        vae,
+        mask_decoder.FlippedLabels(pairs, layout.read_label, arguments.resolution, arguments.seed),
+        layout.codec,
+        width=MASK_DECODER_WIDTH,
+        steps=arguments.mask_decoder_steps,
+        batch_size=2 * arguments.batch_size,
+        peak_rate=2e-3,
+        seed=arguments.seed,
+    )
+
+
 def pretrain_transformer(
     images: torch.Tensor,
     vae: AutoencoderKL,
@@ -316,7 +339,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="data sets whose training splits are read")
     parser.add_argument("--resolution", type=int, default=128, help="side of the pictures in pixels [128]")
     parser.add_argument("--vae_steps", type=int, default=8500, help="updates of the VAE [8500]")
-    parser.add_argument("--transformer_steps", type=int, default=4500, help="updates of the transformer [4500]")
+    parser.add_argument("--mask_decoder_steps", type=int, default=600, help="updates of the mask decoder [600]")
+    parser.add_argument("--transformer_steps", type=int, default=6600, help="updates of the transformer [6600]")
     parser.add_argument("--batch_size", type=int, default=8, help="of the VAE; the transformer takes 4x [8]")
     parser.add_argument(
         "--data_type", choices=("fp32", "bf16"), default="bf16", help="precision of the training [bf16]"
@@ -342,6 +366,9 @@ def main() -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         (work / "vae.part").replace(arguments.out / "vae")
     vae = load_vae(arguments.out, torch.float32).to(_device())
+    if not (arguments.out / MASK_DECODER).is_dir():
+        train_decoder(vae, arguments).half().save_pretrained(work / "mask_decoder.part")
+        (work / "mask_decoder.part").replace(arguments.out / MASK_DECODER)
     transformer, prompt = pretrain_transformer(
         images,
         vae,

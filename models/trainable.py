@@ -11,10 +11,9 @@ from pathlib import Path
 import torch
 from diffusers import SD3Transformer2DModel
 
-from models.base import DTYPES, check_prompt, check_resolution, load_transformer, widen_patch_projection
+from models.base import MASK_DECODER, check_prompt, check_resolution, load_transformer, widen_patch_projection
 from models.folding import fold, is_folded
 from models.lora import add_lora, load_lora, merge_lora
-from models.mask_decoder import FOLDER_NAME as MASK_DECODER_FOLDER_NAME
 from models.mask_decoder import LightMaskDecoder, load_mask_decoder
 from models.objectives import OBJECTIVES
 from models.prompt import EmptyPrompt
@@ -28,7 +27,7 @@ def build_trainable(config: Config, base: Path, checkpoint: Path | None, prompt:
     """Loads the transformer that a run trains, from its base or, to go on, from a checkpoint.
 
     Args:
-        config: of the run.
+        config: of the run, see `check_settings`.
         base: the base model's folder.
         checkpoint: to go on from.
         prompt: the empty prompt.
@@ -36,7 +35,6 @@ def build_trainable(config: Config, base: Path, checkpoint: Path | None, prompt:
     Raises:
         InputError: if base, prompt, objective and configuration do not fit each other.
     """
-    check_settings(config)
     if checkpoint is None or (checkpoint / ADAPTER_FOLDER_NAME).is_dir():
         transformer = load_transformer(base)
     else:
@@ -55,7 +53,7 @@ def build_trainable(config: Config, base: Path, checkpoint: Path | None, prompt:
             load_lora(transformer, checkpoint / ADAPTER_FOLDER_NAME)
     if config.mask_decoder == "light":
         decoder = load_mask_decoder(_find_mask_decoder(config, base, checkpoint), int(transformer.out_channels))
-        transformer.add_module(MASK_DECODER_FOLDER_NAME, decoder.to(DTYPES[config.weights]))
+        transformer.add_module(MASK_DECODER, decoder)  # small, so in fp32 whatever the weights are
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     if config.compile:
@@ -72,6 +70,14 @@ def check_settings(config: Config) -> None:
     if config.fold_conditioning and OBJECTIVES[config.objective].constant_timestep is None:
         raise InputError(
             f"fold_conditioning: objective: {config.objective} has a timestep that changes; leave one of the two out"
+        )
+    if config.weights == "bf16" and config.data_type == "fp16":
+        raise InputError(
+            "weights: bf16 does not go with data_type: fp16, whose gradients are scaled; use data_type: bf16"
+        )
+    if config.mask_decoder_path is not None and config.mask_decoder == "vae":
+        raise InputError(
+            "mask_decoder_path is given, but mask_decoder is vae; set mask_decoder: light, or leave it out"
         )
     if not config.latent_loss_weight and not config.pixel_loss_weight:
         raise InputError("latent_loss_weight and pixel_loss_weight are both 0; there would be nothing to train")
@@ -113,7 +119,7 @@ def split_mask_decoder(
     state_dict: Mapping[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Returns a trained module's weights as the transformer's own and the mask decoder's, empty where there is none."""
-    prefix = f"{MASK_DECODER_FOLDER_NAME}."
+    prefix = f"{MASK_DECODER}."
     own = {name: value for name, value in state_dict.items() if not name.startswith(prefix)}
     decoder = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
     return own, decoder
@@ -121,7 +127,7 @@ def split_mask_decoder(
 
 def mask_decoder_of(transformer: torch.nn.Module) -> LightMaskDecoder | None:
     """Returns the mask decoder that is trained with a transformer, None if there is none."""
-    return getattr(transformer, MASK_DECODER_FOLDER_NAME, None)
+    return getattr(transformer, MASK_DECODER, None)
 
 
 def lower_precision(transformer: SD3Transformer2DModel, dtype: torch.dtype) -> None:
@@ -140,15 +146,16 @@ def compile_blocks(transformer: SD3Transformer2DModel) -> None:
 
 def _find_mask_decoder(config: Config, base: Path, checkpoint: Path | None) -> Path:
     if checkpoint is not None:
-        return checkpoint / MASK_DECODER_FOLDER_NAME
+        return checkpoint / MASK_DECODER
     if config.mask_decoder_path is not None:
         return Path(config.mask_decoder_path)
-    if not (base / MASK_DECODER_FOLDER_NAME).is_dir():
+    if not (base / MASK_DECODER).is_dir():
         raise InputError(
             f"mask_decoder: {base} has no light one; train one with `python -m models.mask_decoder OUT --base_model_path "
-            f"{config.base_model_path} ...` and give it as mask_decoder_path"
+            f"{config.base_model_path} --dataset_name {config.dataset_name} --dataset_path {config.dataset_path} --resolution "
+            f"{config.resolution}` and set mask_decoder_path to OUT"
         )
-    return base / MASK_DECODER_FOLDER_NAME
+    return base / MASK_DECODER
 
 
 def input_channels(config: Config, transformer: SD3Transformer2DModel) -> int:

@@ -141,7 +141,7 @@ def test_a_hub_id_is_downloaded_without_pickles_and_without_foreign_parts(
     monkeypatch.setattr(models.base, "snapshot_download", download)
     assert resolve_base("owner/name") == base
     (patterns,) = asked.values()
-    assert {pattern.split("/")[0] for pattern in patterns} == {"transformer", "vae", "scheduler"}
+    assert {pattern.split("/")[0] for pattern in patterns} == {"transformer", "vae", "scheduler", "mask_decoder"}
     assert {pattern.rsplit(".", 1)[1] for pattern in patterns} == {"json", "safetensors", "txt"}
 
 

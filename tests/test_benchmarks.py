@@ -52,7 +52,7 @@ def test_training_rows_stand_beside_the_published_recipe(tmp_path: Path, capsys:
 
 def test_inference_rows_stand_beside_the_published_way(tmp_path: Path) -> None:
     out = tmp_path / "inference.json"
-    ways = ["batched", "batched, channels last, folded, without zero rows", "the same, light mask decoder"]
+    ways = ["batched", "batched, channels last, folded, without zero rows", "all of these, light mask decoder"]
     inference.main([*SMALL, "--out", str(out), "--only", *ways])
     rows = json.loads(out.read_text())["rows"]
     assert [row["way"] for row in rows] == ["published", *ways]

@@ -53,6 +53,15 @@ def test_decode_returns_float32_for_half_precision() -> None:
     assert BinaryCodec().decode(torch.zeros(1, 3, 2, 2, dtype=torch.bfloat16)).dtype == torch.float32
 
 
+def test_white_and_black_are_sure_logits_whose_gradient_reaches_every_channel() -> None:
+    pixels = torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1, 1).repeat(1, 3, 1, 1).requires_grad_()
+    logits = BinaryCodec().logits(pixels)
+    assert logits.sigmoid().flatten().tolist() == pytest.approx([0.018, 0.5, 0.982], abs=1e-3)
+    logits.sum().backward()
+    assert pixels.grad is not None
+    assert (pixels.grad > 0).all()
+
+
 def test_quantise_takes_what_exceeds_the_threshold() -> None:
     label = BinaryCodec().quantise(torch.tensor([[[0.0, 0.5, 0.51, 1.0]]]), 0.5)
     assert label.dtype == torch.uint8

@@ -53,6 +53,6 @@ def test_weights_in_bf16_have_an_average_in_fp32() -> None:
 def test_a_resumed_average_starts_from_what_was_saved() -> None:
     model = make_model(1.0)
     average = MovingAverage(model, 0.9)
-    average.load_raw({"weight": torch.tensor([[6.0]])})
-    assert model.weight.item() == 6.0
-    assert average.average["weight"].item() == 1.0
+    average.load({"weight": torch.tensor([[6.0]])})
+    assert average.average["weight"].item() == 6.0
+    assert model.weight.item() == 1.0

@@ -8,7 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from tests.conftest import ROOT, Launch
 from utils.checkpoints import list_checkpoints
@@ -92,6 +94,42 @@ def test_deepspeed_zero_2_runs_both_scripts_and_resumes(
     done = launch("trainer.py", {**resumed, "max_train_steps": 8})
     assert "the optimiser starts fresh" in done.stdout
     assert list_checkpoints(engine)[-1][0] == 8
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_deepspeed_zero_2_resumes_a_moving_average(flags: dict[str, object], launch: Launch, tmp_path: Path) -> None:
+    flags |= {"max_train_steps": 4, "save_checkpoint_steps": 2, "val_steps": "null", "ema_decay": 0.9}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    launch("trainer.py", {**flags, "output_dir": whole}, DEEPSPEED)
+    (parts / "checkpoints").mkdir(parents=True)
+    shutil.copytree(whole / "checkpoints" / "checkpoint-2", parts / "checkpoints" / "checkpoint-2")
+    launch("trainer.py", {**flags, "output_dir": parts, "resume_from_checkpoint": "latest"}, DEEPSPEED)
+    for name in ("average.safetensors", "raw_weights.safetensors"):
+        left, right = (load_file(run / "checkpoints" / "checkpoint-4" / name) for run in (whole, parts))
+        for key, value in left.items():
+            torch.testing.assert_close(right[key], value, rtol=1e-4, atol=1e-6, msg=f"{name}: {key}")
+
+
+def test_fsdp_refuses_what_it_cannot_shard() -> None:
+    from types import SimpleNamespace
+
+    from accelerate.utils import DistributedType
+
+    from utils.config import Config
+    from utils.engine import _check_support
+    from utils.errors import InputError
+
+    fsdp = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    for changes, message in (
+        ({"mask_decoder": "light"}, "mask_decoder: light works with one process, DDP or DeepSpeed"),
+        ({"ema_decay": 0.9}, "ema_decay: the average needs whole weights"),
+        ({"trainable": "lora"}, "trainable: lora works with one process"),
+        ({"weights": "bf16"}, "optimizer: adamw with weights: bf16 works with one process or DDP"),
+    ):
+        with pytest.raises(InputError, match=message):
+            _check_support(Config(**changes), fsdp)
+    _check_support(Config(), fsdp)
 
 
 def test_processes_that_each_believe_to_be_alone_are_refused(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.losses import segmentation_loss, weighted_losses
-from models.objectives import LatentLoss
+from models.objectives import LatentEstimate
 
 
 def halves() -> torch.Tensor:
@@ -25,8 +25,8 @@ def test_loss_is_zero_for_the_truth_and_has_its_known_value_at_one_half() -> Non
 
 
 def test_the_parts_are_weighted_and_named() -> None:
-    latent = LatentLoss(torch.tensor([1.0, 3.0]), torch.zeros(2, 1, 4, 4))
-    losses = weighted_losses(latent, halves().to(torch.uint8), lambda z: z[:, 0], 0.5, 2.0)
+    estimate = LatentEstimate(torch.tensor([1.0, 3.0]), torch.zeros(2, 1, 4, 4))
+    losses = weighted_losses(estimate, halves().to(torch.uint8), lambda z: z[:, 0], 0.5, 2.0)
     assert losses["latent_loss"].tolist() == [1, 3]
     pixel = losses["pixel_loss"].tolist()
     assert pixel == pytest.approx([0.693147 + 8 / 17, 0.693147 + 8 / 9], abs=1e-5)
@@ -37,6 +37,6 @@ def test_without_a_weight_pixels_are_not_decoded() -> None:
     def fail(latents: torch.Tensor) -> torch.Tensor:
         raise AssertionError
 
-    losses = weighted_losses(LatentLoss(torch.ones(2), torch.zeros(2, 1, 4, 4)), halves(), fail, 1.0, 0.0)
+    losses = weighted_losses(LatentEstimate(torch.ones(2), torch.zeros(2, 1, 4, 4)), halves(), fail, 1.0, 0.0)
     assert losses["loss"].tolist() == [1, 1]
     assert losses.keys() == {"loss", "latent_loss"}

@@ -23,7 +23,7 @@ from models.base import load_vae
 from models.latents import LatentCodec
 from models.mask_decoder import FlippedLabels, LightMaskDecoder, load_mask_decoder, train
 from models.pipeline import TransparencySegmentationPipeline
-from models.trainable import build_trainable
+from models.trainable import build_trainable, check_settings
 from tests.conftest import RESOLUTION, ROOT, Launch, arguments_of, environment, make_prompt, write_base
 from utils.checkpoints import export, load_pipeline
 from utils.config import Config
@@ -116,6 +116,9 @@ def test_it_is_trained_saved_resumed_scored_and_exported(
     # What was scored while training and what the checkpoint gives later are one thing.
     done = launch("val_inference.py", {**flags, "load_checkpoint": "best"})
     assert "mix" in done.stdout
+    if not way:
+        done = launch("val_inference.py", {**flags, "load_checkpoint": "best", "mask_decoder": "vae"}, check=2)
+        assert "--mask_decoder vae: the checkpoint was trained with light" in done.stderr
     checkpoint = export(whole, tmp_path / "exported", name="checkpoint-6")
     images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     expected = load_pipeline(checkpoint, torch.float32)(images)
@@ -140,15 +143,17 @@ def test_the_loss_on_pixels_reaches_the_transformer_through_the_vae_too(
     [
         ({"mask_decoder": "light"}, "mask_decoder: light is trained by the loss on pixels; set pixel_loss_weight"),
         ({"latent_loss_weight": 0.0}, "latent_loss_weight and pixel_loss_weight are both 0"),
-        (
-            {"mask_decoder": "light", "pixel_loss_weight": 1.0, "mask_decoder_path": "/nowhere/decoder"},
-            "/nowhere/decoder: cannot be loaded as LightMaskDecoder",
-        ),
+        ({"mask_decoder_path": "/nowhere/decoder"}, "mask_decoder_path is given, but mask_decoder is vae"),
     ],
 )
-def test_settings_at_odds_are_refused(changes: dict[str, object], message: str, base: Path) -> None:
-    config = replace(Config(), resolution=32, **changes)
+def test_settings_at_odds_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
+        check_settings(replace(Config(), **changes))
+
+
+def test_a_decoder_that_is_not_there_is_named(base: Path) -> None:
+    config = replace(Config(), resolution=32, mask_decoder_path="/nowhere/decoder", **LIGHT)
+    with pytest.raises(InputError, match="/nowhere/decoder: cannot be loaded as LightMaskDecoder"):
         build_trainable(config, base, None, make_prompt())
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from models import tiny_base
 from models.base import load_prompt, load_scheduler, load_transformer, load_vae
+from models.mask_decoder import load_mask_decoder
 from tests.conftest import ROOT, write_trans10k
 
 BASE = ROOT / "assets" / "tiny_sd3"
@@ -37,7 +38,8 @@ def build(out: Path, data: Path, monkeypatch: pytest.MonkeyPatch, *more: str) ->
 def test_a_base_is_built_and_the_ordinary_code_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_trans10k(tmp_path / "data", train=4, validation=1, test=1)
     out = tmp_path / "base"
-    build(out, data, monkeypatch, "--vae_steps", "2", "--transformer_steps", "2")
+    build(out, data, monkeypatch, "--vae_steps", "2", "--mask_decoder_steps", "2", "--transformer_steps", "2")
+    assert load_mask_decoder(out / "mask_decoder", 16).config.width == 64
     vae, transformer = load_vae(out, torch.float32), load_transformer(out)
     assert load_scheduler(out).config.shift == 3.0
     assert transformer.config.in_channels == vae.config.latent_channels == 16

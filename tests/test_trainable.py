@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from models.pipeline import TransparencySegmentationPipeline
-from models.trainable import build_trainable, load_trained
+from models.trainable import build_trainable, check_settings, load_trained
 from tests.conftest import Launch, make_prompt
 from tests.test_training import WEIGHTS
 from utils.checkpoints import export, load_pipeline
@@ -42,6 +42,7 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 COMPILED_WAYS: dict[str, dict[str, object]] = {
     "bf16 weights": {"weights": "bf16"},
     "8-bit moments": {"optimizer": "adamw_8bit"},
+    "averaged bf16 weights": {"weights": "bf16", "ema_decay": 0.9},
     "folded bf16 weights, 8-bit moments": {"fold_conditioning": "true", "weights": "bf16", "optimizer": "adamw_8bit"},
 }
 
@@ -91,6 +92,18 @@ def test_the_average_is_what_a_checkpoint_shows(flags: dict[str, object], launch
     assert any(not raw[name].equal(shown[name]) for name in raw)
 
 
+def test_an_average_left_out_on_resuming_leaves_the_weights_behind_it(
+    flags: dict[str, object], launch: Launch, tmp_path: Path
+) -> None:
+    launch("trainer.py", flags)
+    launch("trainer.py", {**flags, "ema_decay": 0.9, "output_dir": tmp_path / "average", "max_train_steps": 3})
+    launch("trainer.py", {**flags, "output_dir": tmp_path / "average", "resume_from_checkpoint": "latest"})
+    plain, resumed = (
+        load_file(tmp_path / run / "checkpoints" / "checkpoint-6" / WEIGHTS) for run in ("run", "average")
+    )
+    assert all(resumed[name].equal(plain[name]) for name in plain)
+
+
 def test_folded_training_starts_from_the_same_loss(flags: dict[str, object], launch: Launch, tmp_path: Path) -> None:
     flags |= {"max_train_steps": 3, "val_steps": "null"}
     launch("trainer.py", flags)
@@ -128,12 +141,12 @@ def test_dropped_rows_stay_dropped_at_inference(
             {"fold_conditioning": True, "trainable": "lora"},
             "fold_conditioning: trainable: lora keeps the base's layers",
         ),
+        ({"weights": "bf16", "data_type": "fp16"}, "weights: bf16 does not go with data_type: fp16"),
     ],
 )
-def test_settings_at_odds_are_refused(changes: dict[str, object], message: str, base: Path) -> None:
-    config = replace(Config(), resolution=32, **changes)
+def test_settings_at_odds_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        build_trainable(config, base, None, make_prompt())
+        check_settings(replace(Config(), **changes))
 
 
 def test_weights_in_bf16_keep_folded_vectors_in_fp32(base: Path) -> None:

@@ -3,7 +3,7 @@
 A checkpoint is a folder `checkpoint-<global_step>` with `transformer/` (Diffusers, safetensors) or `adapter/` (peft),
 `mask_decoder/` where one is trained, `empty_prompt.safetensors`, `config.yaml`, `training_state.json` and the optimiser's state: `optimizer.safetensors`, or an
 engine's own shards under `engine/`, which are read on explicit resume only. Where a moving average is kept, `transformer/`
-holds it and `raw_weights.safetensors` the weights to go on from. `python -m utils.checkpoints export RUN OUT` makes a pipeline of one.
+shows it, and `raw_weights.safetensors` and `average.safetensors` are there to go on from. `python -m utils.checkpoints export RUN OUT` makes a pipeline of one.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from dataset.trans10k import LAYOUTS
 from models.base import (
     DTYPES,
+    MASK_DECODER,
     PROMPT_FILE_NAME,
     check_prompt,
     check_resolution,
@@ -38,7 +39,6 @@ from models.pipeline import TransparencySegmentationPipeline
 from models.prompt import EmptyPrompt
 from models.trainable import (
     ADAPTER_FOLDER_NAME,
-    MASK_DECODER_FOLDER_NAME,
     compile_blocks,
     load_trained,
     mask_decoder_of,
@@ -50,6 +50,7 @@ from utils.errors import InputError, first_line, run_command
 STATE_FILE_NAME = "training_state.json"
 OPTIMIZER_FILE_NAME = "optimizer.safetensors"
 RAW_WEIGHTS_FILE_NAME = "raw_weights.safetensors"
+AVERAGE_FILE_NAME = "average.safetensors"
 ENGINE_FOLDER_NAME = "engine"
 CONFIG_FILE_NAME = "config.yaml"
 BEST_FILE_NAME = "best.json"
@@ -179,6 +180,7 @@ def write_checkpoint(
     prompt: EmptyPrompt,
     optimizer_state: Mapping[str, torch.Tensor] | None,
     raw_weights: Mapping[str, torch.Tensor] | None = None,
+    average: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Writes a checkpoint's files into `partial`, on one process.
 
@@ -191,6 +193,7 @@ def write_checkpoint(
         prompt: the empty prompt.
         optimizer_state: from `gather_optimizer`; None if an engine writes its own.
         raw_weights: to resume from, where `state_dict` is a moving average.
+        average: that average in fp32, whatever the precision of the weights.
     """
     # An engine may hand out views of larger buffers, which safetensors refuses.
     state_dict = {
@@ -199,8 +202,8 @@ def write_checkpoint(
     }
     state_dict, decoder_weights = split_mask_decoder(state_dict)
     if (decoder := mask_decoder_of(transformer)) is not None:
-        decoder.save_config(partial / MASK_DECODER_FOLDER_NAME)
-        save_file(decoder_weights, partial / MASK_DECODER_FOLDER_NAME / "diffusion_pytorch_model.safetensors")
+        decoder.save_config(partial / MASK_DECODER)
+        save_file(decoder_weights, partial / MASK_DECODER / "diffusion_pytorch_model.safetensors")
     if has_lora(transformer):
         save_lora(transformer, state_dict, partial / ADAPTER_FOLDER_NAME)
     else:
@@ -216,6 +219,8 @@ def write_checkpoint(
         save_file(dict(optimizer_state), partial / OPTIMIZER_FILE_NAME)
     if raw_weights is not None:
         save_file(dict(raw_weights), partial / RAW_WEIGHTS_FILE_NAME)
+    if average is not None:
+        save_file({name: value.cpu() for name, value in average.items()}, partial / AVERAGE_FILE_NAME)
     (partial / CONFIG_FILE_NAME).write_text(to_yaml(config, comments=False), encoding="utf-8")
     (partial / STATE_FILE_NAME).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
 
@@ -275,7 +280,7 @@ def check_disk_space(
 
     Args:
         output_dir: existing folder of the run.
-        num_parameters: of the transformer.
+        num_parameters: that are trained.
         limit: newest checkpoints to keep; None keeps all. The best and the one being written come on top.
         num_saves: checkpoints that the rest of the run will write.
         bytes_per_parameter: 12 for fp32 weights and AdamW's two moments.
@@ -344,9 +349,9 @@ def load_pipeline(checkpoint: Path, dtype: torch.dtype, compiled: bool = False) 
     if compiled:
         compile_blocks(transformer)
     decoder = None
-    if (checkpoint / MASK_DECODER_FOLDER_NAME).is_dir():
+    if (checkpoint / MASK_DECODER).is_dir():
         channels = int(transformer.out_channels)
-        decoder = load_mask_decoder(checkpoint / MASK_DECODER_FOLDER_NAME, channels, dtype).eval()
+        decoder = load_mask_decoder(checkpoint / MASK_DECODER, channels, dtype).eval()
     return build_pipeline(config, base, transformer, load_vae(base, dtype, compiled), prompt, decoder)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -15,7 +15,7 @@ class MovingAverage:
     mean over all steps the first steps follow closely).
 
     Args:
-        model: whose parameters are whole on this process.
+        model: whose parameters are whole on this process, and stay where they are.
         decay: in (0, 1).
     """
 
@@ -41,12 +41,16 @@ class MovingAverage:
         finally:
             self._put(raw)
 
-    def load_raw(self, raw: dict[str, torch.Tensor]) -> None:
-        """Starts from a model that holds a saved average, and from the raw weights saved beside it."""
-        self.average = {name: value.detach().float().clone() for name, value in self.parameters.items()}
-        self._put(raw)
+    def load(self, average: Mapping[str, torch.Tensor]) -> None:
+        """Goes on from a saved average of the same parameters.
+
+        Raises:
+            KeyError: if one is missing.
+        """
+        for name, value in self.average.items():
+            value.copy_(average[name])
 
     @torch.no_grad()
-    def _put(self, values: dict[str, torch.Tensor]) -> None:
+    def _put(self, values: Mapping[str, torch.Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])

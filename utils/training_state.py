@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -39,7 +41,7 @@ def find_resumed(config: Config) -> Path | None:
         return None
     found = checkpoints.find_checkpoint(config.output_dir, config.resume_from_checkpoint, "resume_from_checkpoint")
     trained = checkpoints.read_config(found)
-    for name in ("trainable", "mask_decoder", "fold_conditioning", "optimizer", "lora_rank", "lora_targets"):
+    for name in ("trainable", "weights", "mask_decoder", "fold_conditioning", "optimizer", "lora_rank", "lora_targets"):
         if getattr(trained, name) != getattr(config, name):
             raise InputError(
                 f"{found}: was trained with {name}: {getattr(trained, name)}, not {getattr(config, name)}; resume with the "
@@ -95,10 +97,10 @@ def prepare_output(
 
 
 def bytes_per_parameter(config: Config) -> int:
-    """Returns what a trained parameter takes in a checkpoint: itself, its two moments, and its raw value beside an average."""
+    """Returns what a trained parameter takes in a checkpoint: itself, two moments, and raw value and fp32 average if there is one."""
     weight = {"fp32": 4, "bf16": 2}[config.weights]
     moments = 2 if config.optimizer == "adamw_8bit" else 2 * weight
-    return weight + moments + (weight if config.ema_decay is not None else 0)
+    return weight + moments + (weight + 4 if config.ema_decay is not None else 0)
 
 
 def save_training(
@@ -143,6 +145,7 @@ def save_training(
                 prompt,
                 optimizer_state,
                 raw_weights,
+                average.average if average else None,
             )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -150,20 +153,38 @@ def save_training(
     accelerator.wait_for_everyone()
 
 
-def restore_average(checkpoint: Path, average: MovingAverage) -> None:
-    """Puts a checkpoint's raw weights into the model, and what the model held, the checkpoint's average, into `average`.
+def restore_raw_weights(checkpoint: Path, transformer: torch.nn.Module) -> None:
+    """Puts a checkpoint's raw weights into the model, which holds its average; before an engine takes copies of them.
 
-    A checkpoint without raw weights holds them itself; the average then starts there.
+    A checkpoint without raw weights holds them itself.
 
     Raises:
         InputError: naming the file that cannot be read.
     """
     path = checkpoint / checkpoints.RAW_WEIGHTS_FILE_NAME
-    if not path.is_file():
-        return
+    parameters = dict(transformer.named_parameters())
+    with _resuming_from(path), torch.no_grad():
+        for name, value in load_file(path).items() if path.is_file() else ():
+            parameters[name].copy_(value)
+
+
+def restore_average(checkpoint: Path, average: MovingAverage) -> None:
+    """Goes on from a checkpoint's average; one that has none lets it start from its weights.
+
+    Raises:
+        InputError: naming the file that cannot be read.
+    """
+    path = checkpoint / checkpoints.AVERAGE_FILE_NAME
+    if path.is_file():
+        with _resuming_from(path):
+            average.load(load_file(path))
+
+
+@contextmanager
+def _resuming_from(path: Path) -> Iterator[None]:
     try:
-        average.load_raw(load_file(path))
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        yield
+    except (OSError, SafetensorError, KeyError, RuntimeError, ValueError) as error:
         raise InputError(f"{path}: cannot be resumed from ({first_line(error)}); use another checkpoint") from error
 
 
@@ -182,9 +203,7 @@ def restore_optimizer(accelerator: Accelerator, checkpoint: Path, transformer: A
         transformer.load_checkpoint(str(checkpoint / checkpoints.ENGINE_FOLDER_NAME), tag="state")
     else:
         path = checkpoint / checkpoints.OPTIMIZER_FILE_NAME
-        try:
+        with _resuming_from(path):
             load_optimizer(optimizer.optimizer, accelerator.unwrap_model(transformer).named_parameters(), path)
-        except (OSError, SafetensorError, ValueError) as error:
-            raise InputError(f"{path}: cannot be resumed from ({first_line(error)}); use another checkpoint") from error
     if accelerator.scaler is not None and state.grad_scaler:
         accelerator.scaler.load_state_dict(state.grad_scaler)
