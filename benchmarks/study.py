@@ -1,0 +1,187 @@
+"""A fair study on the sample: named variants of one training, the same pictures seen, several seeds each.
+
+`python -m benchmarks.study` trains and scores every variant through the real entry points, one after the other, and writes
+`study.md` and `study.json` into the output folder; started again it goes on where it stopped. Flags that it does not know go to
+every training and inference, such as `--data_type bf16`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from utils.checkpoints import list_checkpoints, read_config
+from utils.errors import CommandError, InputError, run_command
+from utils.history import read_history
+from utils.provenance import machine
+
+ROOT = Path(__file__).resolve().parent.parent
+NUM_RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way of training.
+
+    Args:
+        name: in the table.
+        flags: of trainer.py, over configs/tiny.yaml.
+        overlays: configuration files beneath configs/tiny.yaml.
+    """
+
+    name: str
+    flags: Mapping[str, object] = field(default_factory=dict)
+    overlays: tuple[str, ...] = ()
+
+
+BASELINE = Variant("configs/tiny.yaml")
+VARIANTS = (
+    BASELINE,
+    Variant("folded conditioning", {"fold_conditioning": "true"}),
+    Variant("pixel loss alone", {"latent_loss_weight": 0.0}),
+    Variant("VAE decoder, latent loss", {"mask_decoder": "vae", "latent_loss_weight": 1.0, "pixel_loss_weight": 0.0}),
+    Variant("VAE decoder, latent and pixel loss", {"mask_decoder": "vae"}),
+    Variant("diffusion", overlays=("configs/diffusion.yaml",)),
+)
+
+
+def train_and_score(variant: Variant, seed: int, out: Path, more: Sequence[str]) -> dict[str, Any]:
+    """Trains a variant with a seed, or goes on with it, and scores the test split with its best checkpoint.
+
+    Returns:
+        `seconds` of the training; `iou` of every test picture by name; `summary` of the split.
+
+    Raises:
+        CommandError: if a command fails.
+    """
+    folder = out / variant.name.replace("/", "_").replace(" ", "_").replace(",", "") / f"seed-{seed}"
+    result = folder / "study.json"
+    if result.is_file():
+        return json.loads(result.read_text(encoding="utf-8"))
+    flags: dict[str, object] = {"output_dir": folder, "seed": seed, **variant.flags}
+    configs = [part for path in (*variant.overlays, "configs/tiny.yaml") for part in ("--config", str(ROOT / path))]
+    arguments = [*configs, *(part for name, value in flags.items() for part in (f"--{name}", str(value))), *more]
+    # Latents depend on the seed and on whether the recipe augments, not on the variant.
+    cache = out / f"latents-{seed}{'-diffusion' if variant.overlays else ''}"
+    resume = ["--resume_from_checkpoint", "latest"] if list_checkpoints(folder) else []
+    _run("trainer.py", [*arguments, "--latent_cache_path", str(cache), *resume])
+    _run("val_inference.py", [*arguments, "--load_checkpoint", "best"])
+    (scores,) = folder.glob("mask_predictions/test_*/per_image.csv")
+    with scores.open(newline="", encoding="utf-8") as file:
+        iou = {f"{row['difficulty']}/{row['name']}": float(row["iou"]) for row in csv.DictReader(file)}
+    summary = json.loads(scores.with_name("metrics.json").read_text(encoding="utf-8"))
+    record = {"seconds": round(training_seconds(folder), 1), "iou": iou, "summary": summary}
+    partial = result.with_suffix(".part")
+    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    partial.replace(result)
+    return record
+
+
+def interval(scores: NDArray[np.float64]) -> tuple[float, float]:
+    """Returns the 95 % bootstrap interval of the mean of scores (seeds, pictures), seeds and pictures both drawn anew."""
+    rng = np.random.default_rng(0)
+    seeds, pictures = scores.shape
+    means = [
+        scores[np.ix_(rng.integers(0, seeds, seeds), rng.integers(0, pictures, pictures))].mean()
+        for _ in range(NUM_RESAMPLES)
+    ]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def table_row(name: str, records: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns a variant's line of the table: mean IoU over seeds and pictures, interval, difference from the baseline, cost."""
+    scores, reference = (
+        np.array([[record["iou"][picture] for picture in sorted(record["iou"])] for record in group])
+        for group in (records, baseline)
+    )
+    difference = scores - reference
+    low, high = interval(scores)
+    difference_low, difference_high = interval(difference)
+    return {
+        "variant": name,
+        "iou": float(scores.mean()),
+        "interval": [low, high],
+        "iou_by_seed": [float(value) for value in scores.mean(axis=1)],
+        "difference": float(difference.mean()),
+        "difference_interval": [difference_low, difference_high],
+        "minutes": float(np.mean([record["seconds"] for record in records]) / 60),
+    }
+
+
+def format_rows(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the table in Markdown."""
+    lines = ["| variant | IoU | 95 % | seeds | difference | 95 % | minutes |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        low, high = row["interval"]
+        difference_low, difference_high = row["difference_interval"]
+        seeds = " ".join(f"{value:.3f}" for value in row["iou_by_seed"])
+        cells = [row["variant"], f"{row['iou']:.4f}", f"{low:.3f} to {high:.3f}", seeds, f"{row['difference']:+.4f}"]
+        cells += [f"{difference_low:+.3f} to {difference_high:+.3f}", f"{row['minutes']:.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _run(script: str, arguments: Sequence[str]) -> None:
+    done = subprocess.run([sys.executable, str(ROOT / script), *arguments], cwd=ROOT)
+    if done.returncode:
+        raise CommandError(
+            f"{script} failed with exit code {done.returncode}; mend that and start again: it goes on there"
+        )
+
+
+def training_seconds(folder: Path) -> float:
+    """Returns how long the updates of a run took by its history, which outlives interruptions; validation is not in it."""
+    config = read_config(folder)
+    samples, seconds, last = config.train_batch_size * config.gradient_accumulation_steps, 0.0, 0
+    for row in read_history(folder / "history.csv"):
+        if row["samples_per_second"]:
+            step = int(row["step"])
+            seconds += (step - last) * samples / float(row["samples_per_second"])
+            last = step
+    return seconds
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    names = [variant.name for variant in VARIANTS]
+    parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of runs and results [runs/study]")
+    parser.add_argument("--only", nargs="+", default=names, help=f"variants: {'; '.join(names)} [all]")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each [3]")
+    arguments, more = parser.parse_known_args(argv)
+    if unknown := set(arguments.only) - set(names):
+        raise InputError(f"--only: no variant {min(unknown)!r}; there are: {'; '.join(names)}")
+    if arguments.seeds < 1:
+        raise InputError(f"--seeds: {arguments.seeds} is not valid, expected at least 1")
+    chosen = [variant for variant in VARIANTS if variant is BASELINE or variant.name in arguments.only]
+    records: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in chosen}
+    for seed in range(arguments.seeds):  # all variants of a seed before the next, so that a part of a study is fair too
+        for variant in chosen:
+            records[variant.name].append(train_and_score(variant, seed, arguments.out, more))
+    rows = [table_row(name, group, records[BASELINE.name]) for name, group in records.items()]
+    table = format_rows(rows)
+    command = " ".join(["python -m benchmarks.study", *(sys.argv[1:] if argv is None else argv)])
+    record = {"command": command, "machine": machine(), "rows": rows}
+    (arguments.out / "study.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (arguments.out / "study.md").write_text(table + "\n", encoding="utf-8")
+    print(table)
+
+
+if __name__ == "__main__":
+    run_command(main)

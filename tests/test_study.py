@@ -1,0 +1,70 @@
+"""The study trains and scores through the entry points, goes on where it stopped, and compares picture by picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import study
+from tests.conftest import arguments_of
+from utils.errors import CommandError, InputError
+
+
+def test_the_interval_of_equal_scores_is_their_value_and_it_narrows_with_pictures() -> None:
+    assert study.interval(np.full((3, 5), 0.25)) == (0.25, 0.25)
+    rng = np.random.default_rng(1)
+    widths = []
+    for pictures in (20, 500):
+        low, high = study.interval(rng.random((3, pictures)))
+        assert low < 0.5 < high
+        widths.append(high - low)
+    # The standard error of a uniform variable's mean over 60 draws at least: 2 * 1.96 * sqrt(1 / 12 / 60).
+    assert widths[0] > 0.146
+    assert widths[1] < 0.1
+
+
+def test_rows_compare_the_same_pictures() -> None:
+    baseline = [{"iou": {"a": 0.2, "b": 0.4}, "seconds": 60}, {"iou": {"a": 0.4, "b": 0.6}, "seconds": 60}]
+    better = [{"iou": {"b": 0.5, "a": 0.3}, "seconds": 90}, {"iou": {"a": 0.5, "b": 0.7}, "seconds": 150}]
+    row = study.table_row("better", better, baseline)
+    assert row["iou"] == pytest.approx(0.5)
+    assert row["iou_by_seed"] == pytest.approx([0.4, 0.6])
+    assert row["difference_interval"] == pytest.approx([0.1, 0.1])
+    assert row["minutes"] == 2
+    line = study.format_rows([row]).splitlines()[-1]
+    assert line.startswith("| better | 0.5000 | ")
+    assert line.endswith("| 0.400 0.600 | +0.1000 | +0.100 to +0.100 | 2.0 |")
+
+
+def test_a_study_runs_its_variants_and_goes_on(
+    flags: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "study"
+    del flags["output_dir"]
+    flags |= {"max_train_steps": 2, "save_checkpoint_steps": 1, "val_steps": 2, "latent_cache_variants": 1}
+    arguments = ["--out", str(out), "--seeds", "1", "--only", "folded conditioning", *arguments_of(flags)]
+    study.main(arguments)
+    record = json.loads((out / "study.json").read_text())
+    assert [row["variant"] for row in record["rows"]] == ["configs/tiny.yaml", "folded conditioning"]
+    assert record["rows"][0]["difference"] == 0
+    assert (out / "study.md").read_text() in capfd.readouterr().out
+    config = json.loads(next(out.glob("folded*/seed-0/checkpoints/checkpoint-2/transformer/config.json")).read_text())
+    assert config["_class_name"] == "FoldedSD3Transformer2DModel"
+
+    # What is done is not done again, and a broken run is told.
+    monkeypatch.setattr(study, "_run", lambda script, arguments: pytest.fail("ran again"))
+    study.main(arguments)
+    assert json.loads((out / "study.json").read_text())["rows"] == record["rows"]
+    monkeypatch.undo()
+    with pytest.raises(CommandError, match=r"trainer\.py failed with exit code 2"):
+        study.main([*arguments, "--seeds", "2", "--lr", "-1"])
+
+
+def test_an_unknown_variant_is_named() -> None:
+    with pytest.raises(InputError, match="no variant 'faster'; there are: configs/tiny"):
+        study.main(["--only", "faster"])
+    with pytest.raises(InputError, match="--seeds: 0 is not valid"):
+        study.main(["--seeds", "0"])
