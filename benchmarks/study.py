@@ -8,7 +8,6 @@ every training and inference, such as `--data_type bf16`.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
@@ -18,15 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from utils.checkpoints import list_checkpoints, read_config
+from utils.compare import find_scores, interval, read_scores
 from utils.errors import CommandError, InputError, run_command
 from utils.history import read_history
 from utils.provenance import machine
 
 ROOT = Path(__file__).resolve().parent.parent
-NUM_RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -76,27 +74,14 @@ def train_and_score(variant: Variant, seed: int, out: Path, more: Sequence[str])
     resume = ["--resume_from_checkpoint", "latest"] if list_checkpoints(folder) else []
     _run("trainer.py", [*arguments, "--latent_cache_path", str(cache), *resume])
     _run("val_inference.py", [*arguments, "--load_checkpoint", "best"])
-    (scores,) = folder.glob("mask_predictions/test_*/per_image.csv")
-    with scores.open(newline="", encoding="utf-8") as file:
-        iou = {f"{row['difficulty']}/{row['name']}": float(row["iou"]) for row in csv.DictReader(file)}
+    scores = find_scores(folder)
+    iou = {name: row["iou"] for name, row in read_scores(scores).items()}
     summary = json.loads(scores.with_name("metrics.json").read_text(encoding="utf-8"))
     record = {"seconds": round(training_seconds(folder), 1), "iou": iou, "summary": summary}
     partial = result.with_suffix(".part")
     partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     partial.replace(result)
     return record
-
-
-def interval(scores: NDArray[np.float64]) -> tuple[float, float]:
-    """Returns the 95 % bootstrap interval of the mean of scores (seeds, pictures), seeds and pictures both drawn anew."""
-    rng = np.random.default_rng(0)
-    seeds, pictures = scores.shape
-    means = [
-        scores[np.ix_(rng.integers(0, seeds, seeds), rng.integers(0, pictures, pictures))].mean()
-        for _ in range(NUM_RESAMPLES)
-    ]
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(low), float(high)
 
 
 def table_row(name: str, records: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> dict[str, Any]:

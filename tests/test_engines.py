@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, Launch
+from tests.conftest import ROOT, Launch, arguments_of, environment
 from utils.checkpoints import list_checkpoints
 from utils.history import read_history
 
@@ -68,6 +71,33 @@ def test_all_engines_give_the_same_losses_and_read_each_others_checkpoints(
             same_form = {name, other} <= {"plain", "two processes"} or name == other
             assert ("the optimiser starts fresh" in done.stdout) == (not same_form), f"{name} to {other}"
         launch("val_inference.py", {**flags, "output_dir": tmp_path / name})
+
+
+@pytest.mark.slow
+def test_two_machines_train_as_one_process_does(flags: dict[str, object], launch: Launch, tmp_path: Path) -> None:
+    """Both machines are this one: the launch file for two, with a CPU process each."""
+    settings = yaml.safe_load((ROOT / "configs/accelerate/two_machines.yaml").read_text())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        settings |= {"num_processes": 2, "use_cpu": True, "main_process_port": free.getsockname()[1]}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(settings))
+    flags |= {"max_train_steps": 4, "val_steps": 4, "save_checkpoint_steps": 4}
+    launch("trainer.py", {**flags, "output_dir": tmp_path / "one"})
+    both = {**flags, "output_dir": tmp_path / "two", "train_batch_size": 1}
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "two.yaml")]
+    machines = [
+        subprocess.Popen(
+            [*command, "--machine_rank", rank, str(ROOT / "trainer.py"), *arguments_of(both)], env=environment()
+        )
+        for rank in ("0", "1")
+    ]
+    assert [machine.wait(timeout=300) for machine in machines] == [0, 0]
+    one, two = (
+        [float(row["loss"]) for row in read_history(tmp_path / run / "history.csv") if row["loss"]]
+        for run in ("one", "two")
+    )
+    assert len(one) == 4
+    assert two == pytest.approx(one, rel=1e-3)
 
 
 @needs_deepspeed

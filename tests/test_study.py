@@ -5,25 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from benchmarks import study
 from tests.conftest import arguments_of
 from utils.errors import CommandError, InputError
-
-
-def test_the_interval_of_equal_scores_is_their_value_and_it_narrows_with_pictures() -> None:
-    assert study.interval(np.full((3, 5), 0.25)) == (0.25, 0.25)
-    rng = np.random.default_rng(1)
-    widths = []
-    for pictures in (20, 500):
-        low, high = study.interval(rng.random((3, pictures)))
-        assert low < 0.5 < high
-        widths.append(high - low)
-    # The standard error of a uniform variable's mean over 60 draws at least: 2 * 1.96 * sqrt(1 / 12 / 60).
-    assert widths[0] > 0.146
-    assert widths[1] < 0.1
 
 
 def test_rows_compare_the_same_pictures() -> None:
