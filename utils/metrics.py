@@ -1,6 +1,7 @@
-"""Scores under the per-image protocol, from arrays or from a folder of PNGs.
+"""Scores under the per-image protocol, from arrays or from folders of PNGs, and folders under other papers' protocols.
 
 `python -m utils.metrics FOLDER` scores `NAME_maskq.png`, `NAME_pred.png` and `NAME_maskgt.png` and prints JSON.
+`python -m utils.metrics PREDICTIONS TRUTHS --protocol per_image glass translab` scores anybody's masks against true ones.
 """
 
 from __future__ import annotations
@@ -19,12 +20,26 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from utils.errors import InputError, first_line, run_command
+from utils.protocols import (
+    STUFF,
+    THINGS,
+    TRANSLAB_SIDE,
+    GlassRecord,
+    TransLabRecord,
+    boundary_iou,
+    score_glass,
+    score_translab,
+    summarise_glass,
+    summarise_translab,
+)
 
 PROTOCOL = (
     "per_image: binary, at the resolution of the masks; IoU and recall of the quantised mask and MSE of the raw 8-bit "
     "prediction (3 channels, in [0, 1]) per picture, then the mean over pictures; empty truth with empty mask scores 1"
 )
 DECIMALS = 6
+PROTOCOLS = ("per_image", "glass", "translab")
+CLASS_COLOURS = {0: 0, 85: THINGS, 255: STUFF}
 
 
 @dataclass(frozen=True)
@@ -122,6 +137,75 @@ def score_folder(folder: Path) -> list[PictureScore]:
     return scores
 
 
+def score_folders(predictions: Path, truths: Path, protocols: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Scores a folder of predicted masks against a folder of true ones, matched by name (`_mask` at its end is left out).
+
+    Under `per_image` and `glass` any grey above 0 is glass in the truth, a prediction's grey is its certainty and is resized to
+    the truth's size (bilinear); glass is predicted from 128 on. Under `translab` both are label maps in Trans10k's greys 0, 85
+    and 255, taken to 512 x 512 by nearest neighbour.
+
+    Returns:
+        The figures of each protocol by its name.
+
+    Raises:
+        InputError: naming what is missing, unreadable or no label map.
+    """
+    pairs = _match(predictions, truths)
+    per_image, boundaries = [], []
+    glass: list[GlassRecord] = []
+    translab: list[TransLabRecord] = []
+    for name, (prediction_path, truth_path) in pairs.items():
+        soft, truth = _read(prediction_path, "L"), _read(truth_path, "L")
+        if "translab" in protocols:
+            labels = [_labels(path, values) for path, values in ((prediction_path, soft), (truth_path, truth))]
+            translab.append(score_translab(labels[0], labels[1]))
+        if soft.shape != truth.shape:
+            soft = np.array(Image.fromarray(soft).resize(truth.shape[::-1], Image.Resampling.BILINEAR))
+        mask = soft >= 128
+        per_image.append(score_picture(np.repeat(soft[..., None], 3, axis=2), mask, truth > 0, name))
+        boundaries.append(boundary_iou(mask, truth > 0))
+        if "glass" in protocols:
+            glass.append(score_glass(soft, truth > 0))
+    results: dict[str, dict[str, Any]] = {
+        "per_image": {**summarise(per_image), "boundary_iou": round(float(np.mean(boundaries)), DECIMALS)}
+    }
+    if glass:
+        results["glass"] = summarise_glass(glass)
+    if translab:
+        results["translab"] = dict(summarise_translab(translab))
+    return {name: results[name] for name in PROTOCOLS if name in protocols}
+
+
+def _match(predictions: Path, truths: Path) -> dict[str, tuple[Path, Path]]:
+    """Returns the files of both folders by name."""
+    found = []
+    for folder in (predictions, truths):
+        if not folder.is_dir():
+            raise InputError(f"{folder}: no such folder of masks")
+        files = {path.stem.removesuffix("_mask"): path for path in sorted(folder.glob("*.png"))}
+        if not files:
+            raise InputError(f"{folder}: holds no PNG")
+        found.append(files)
+    if odd := sorted(found[0].keys() ^ found[1].keys()):
+        place = predictions if odd[0] in found[0] else truths
+        raise InputError(
+            f"{place}: {len(odd)} masks are in one folder alone, {odd[0]} here among them; the names must match"
+        )
+    return {name: (found[0][name], found[1][name]) for name in found[0]}
+
+
+def _labels(path: Path, values: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Returns a map of Trans10k's classes (512, 512) of its greys."""
+    resized = np.array(Image.fromarray(values).resize((TRANSLAB_SIDE, TRANSLAB_SIDE), Image.Resampling.NEAREST))
+    if odd := set(np.unique(resized).tolist()) - CLASS_COLOURS.keys():
+        raise InputError(
+            f"{path}: grey {min(odd)} is no class; the translab protocol takes label maps of 0 (background), 85 (things), 255 (stuff)"
+        )
+    table = np.zeros(256, np.uint8)
+    table[list(CLASS_COLOURS)] = list(CLASS_COLOURS.values())
+    return table[resized]
+
+
 def _means(scores: Sequence[PictureScore]) -> dict[str, Any]:
     means: dict[str, Any] = {
         column: round(float(np.mean([asdict(score)[column] for score in scores])), DECIMALS)
@@ -144,11 +228,22 @@ def _read(path: Path, mode: str) -> NDArray[np.uint8]:
 
 
 def main() -> None:
-    """Command line: scores a folder and prints its summary as JSON."""
+    """Command line: scores a folder, or one against another, and prints the summary as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder with NAME_maskq.png, NAME_pred.png, NAME_maskgt.png")
+    parser.add_argument(
+        "folder", type=Path, help="folder with NAME_maskq.png, NAME_pred.png, NAME_maskgt.png; or masks"
+    )
+    parser.add_argument("truths", type=Path, nargs="?", help="folder of true masks of the same names")
+    parser.add_argument("--protocol", nargs="+", choices=PROTOCOLS, help="with TRUTHS: what to score by [per_image]")
     parser.add_argument("--per_image", action="store_true", help="print name,iou,recall,mse as CSV instead")
     arguments = parser.parse_args()
+    if arguments.truths is not None:
+        print(
+            json.dumps(score_folders(arguments.folder, arguments.truths, arguments.protocol or ["per_image"]), indent=2)
+        )
+        return
+    if arguments.protocol:
+        raise InputError("--protocol: needs two folders, PREDICTIONS and TRUTHS")
     scores = score_folder(arguments.folder)
     if arguments.per_image:
         writer = csv.writer(sys.stdout, lineterminator="\n")
