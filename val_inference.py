@@ -85,7 +85,7 @@ def main() -> None:
         except OSError as error:
             raise InputError(f"{partial.parent}: cannot be written ({error.strerror}); check output_dir") from error
     accelerator.wait_for_everyone()
-    settings = {name: getattr(config, name) for name in ("threshold", "denoise_steps", "ensemble_size")}
+    settings = {name: getattr(config, name) for name in ("threshold", "denoise_steps", "ensemble_size", "tta")}
     try:
         with BackgroundPngWriter(partial) as write:
             scores = evaluate(

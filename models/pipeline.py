@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
@@ -22,6 +23,12 @@ from models.prompt import EmptyPrompt
 from utils.seeding import Stream, torch_generator
 
 DEFAULT_BATCH_SIZE = 4
+# Test-time augmentation: (flipped, scale) of each view of a picture whose predictions are averaged.
+VIEWS: dict[str, tuple[tuple[bool, float], ...]] = {
+    "none": ((False, 1.0),),
+    "flip": ((False, 1.0), (True, 1.0)),
+    "flip_scale": tuple((flipped, scale) for scale in (1.0, 0.75, 1.25) for flipped in (False, True)),
+}
 
 
 @dataclass
@@ -33,8 +40,8 @@ class SegmentationOutput(BaseOutput):
             mask decoder it is grey, the probability of glass.
         soft: (B, H, W), float32 in [0, 1]: the codec's reading of `predictions`.
         masks: (B, H, W), uint8 in {0, 1}: where `soft` exceeds the threshold.
-        uncertainty: (B, H, W), float32: the standard deviation over the members' soft predictions, or None where the
-            objective is deterministic.
+        uncertainty: (B, H, W), float32: the standard deviation over the soft predictions of members and views, or None
+            where there is but one by nature: a deterministic objective, without `tta`.
     """
 
     predictions: torch.Tensor
@@ -58,6 +65,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         threshold: default for a call.
         denoise_steps: default for a call.
         ensemble_size: default for a call.
+        tta: default for a call.
         weighting_scheme: of the training.
         logit_mean: of the training.
         logit_std: of the training.
@@ -80,6 +88,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         threshold: float = 0.5,
         denoise_steps: int = 20,
         ensemble_size: int = 5,
+        tta: str = "none",
         weighting_scheme: str = "logit_normal",
         logit_mean: float = 0.0,
         logit_std: float = 1.0,
@@ -102,6 +111,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
             threshold=threshold,
             denoise_steps=denoise_steps,
             ensemble_size=ensemble_size,
+            tta=tta,
             **settings,
         )
         self.objective = build_objective(objective, settings, scheduler.config.shift)
@@ -143,6 +153,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         denoise_steps: int | None = None,
         ensemble_size: int | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
+        tta: str | None = None,
     ) -> SegmentationOutput:
         """Predicts masks for a batch of pictures of one size.
 
@@ -154,6 +165,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
             denoise_steps: Euler steps; None: the pipeline's. No effect on a deterministic objective.
             ensemble_size: members; None: the pipeline's. No effect on a deterministic objective.
             batch_size: members per forward pass.
+            tta: a key of `VIEWS`: which views of each picture vote, as the members of an ensemble do; None: the pipeline's.
 
         Returns:
             Predictions, soft masks, masks and uncertainty on the CPU, in the order of the pictures.
@@ -169,6 +181,9 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         threshold = self.config.threshold if threshold is None else threshold
         steps = self.config.denoise_steps if denoise_steps is None else denoise_steps
         members = self.config.ensemble_size if ensemble_size is None else ensemble_size
+        tta = self.config.tta if tta is None else tta
+        if tta not in VIEWS:
+            raise ValueError(f"unknown tta {tta!r}; valid: {', '.join(VIEWS)}")
         if not 0 <= threshold <= 1 or min(steps, members, batch_size) < 1:
             raise ValueError(
                 f"threshold {threshold} must lie in [0, 1], denoise_steps {steps}, ensemble_size {members} and batch_size "
@@ -177,17 +192,15 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         members = members if self.objective.stochastic else 1
         generators = _one_per_picture(generator, len(images))
         predictions, soft, uncertainty = [], [], []
-        condition = torch.cat([self.encode_images(chunk) for chunk in images.float().split(batch_size)])
-        # Members of all pictures in one row, cut into forward passes: the noise does not depend on where the cuts fall.
-        owners = [picture for picture in range(len(images)) for _ in range(members)]
-        pixels = []
-        for start in range(0, len(owners), batch_size):
-            chunk = owners[start : start + batch_size]
-            latents = self.objective.predict(
-                self.transformer, condition[chunk], self.prompt, [generators[picture] for picture in chunk], steps
+        views = []
+        for flipped, scale in VIEWS[tta]:
+            view = _resized(
+                images.float(), [max(1, round(length * scale / side)) * side for length in images.shape[2:]]
             )
-            pixels.append(self.decode_latents(latents).clamp(-1, 1).cpu())
-        for group in torch.cat(pixels).split(members):  # (members, 3, H, W)
+            pixels = self._predict_view(view.flip(-1) if flipped else view, generators, members, steps, batch_size)
+            pixels = _resized(pixels.flip(-1) if flipped else pixels, list(images.shape[2:]))
+            views.append(pixels.unflatten(0, (len(images), members)))
+        for group in torch.cat(views, dim=1):  # (views x members, 3, H, W) of a picture
             member_soft = self.codec.decode(group)
             predictions.append((group.mean(dim=0) + 1) / 2)
             soft.append(member_soft.mean(dim=0))
@@ -197,8 +210,35 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
             predictions=torch.stack(predictions),
             soft=soft_masks,
             masks=self.codec.quantise(soft_masks, threshold),
-            uncertainty=torch.stack(uncertainty) if self.objective.stochastic else None,
+            uncertainty=torch.stack(uncertainty) if self.objective.stochastic or len(views) > 1 else None,
         )
+
+    def _predict_view(
+        self,
+        images: torch.Tensor,
+        generators: Sequence[torch.Generator],
+        members: int,
+        steps: int,
+        batch_size: int,
+    ) -> torch.Tensor:
+        """Returns the clamped decode of all members, (B x members, 3, H, W), a picture's one after the other, on the CPU."""
+        condition = torch.cat([self.encode_images(chunk) for chunk in images.split(batch_size)])
+        # Members of all pictures in one row, cut into forward passes: the noise does not depend on where the cuts fall.
+        owners = [picture for picture in range(len(images)) for _ in range(members)]
+        pixels = []
+        for start in range(0, len(owners), batch_size):
+            chunk = owners[start : start + batch_size]
+            latents = self.objective.predict(
+                self.transformer, condition[chunk], self.prompt, [generators[picture] for picture in chunk], steps
+            )
+            pixels.append(self.decode_latents(latents).clamp(-1, 1).cpu())
+        return torch.cat(pixels)
+
+
+def _resized(pictures: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    if list(pictures.shape[2:]) == list(size):
+        return pictures
+    return F.interpolate(pictures, tuple(size), mode="bilinear", antialias=True, align_corners=False)
 
 
 def _one_per_picture(

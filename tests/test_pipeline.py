@@ -99,6 +99,26 @@ def test_the_members_of_an_ensemble_vote_after_clamping() -> None:
     assert output.masks.unique().tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("tta", ["flip", "flip_scale"])
+def test_views_vote_so_that_a_mirrored_picture_has_the_mirrored_mask(tta: str) -> None:
+    pipeline = make_pipeline("end_to_end")
+    straight, mirrored = pipeline(images(), tta=tta), pipeline(images().flip(-1), tta=tta)
+    torch.testing.assert_close(mirrored.soft, straight.soft.flip(-1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mirrored.uncertainty, straight.uncertainty.flip(-1), rtol=1e-4, atol=1e-5)
+    alone = pipeline(images())
+    assert not torch.allclose(alone.soft, pipeline(images().flip(-1)).soft.flip(-1), atol=1e-4)
+    assert alone.uncertainty is None
+
+
+def test_a_flips_vote_is_the_mean_of_both_views() -> None:
+    pipeline = make_pipeline("end_to_end", tta="flip")
+    both, alone = pipeline(images()), pipeline(images(), tta="none")
+    mirrored = pipeline(images().flip(-1), tta="none").predictions.flip(-1)
+    torch.testing.assert_close(both.predictions, (alone.predictions + mirrored) / 2, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="unknown tta 'turn'; valid: none, flip, flip_scale"):
+        pipeline(images(), tta="turn")
+
+
 def test_one_member_has_no_uncertainty() -> None:
     assert not stub_pipeline()(torch.zeros(1, 3, 16, 16), ensemble_size=1).uncertainty.any()
 

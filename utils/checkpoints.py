@@ -316,6 +316,7 @@ def build_pipeline(
         "threshold",
         "denoise_steps",
         "ensemble_size",
+        "tta",
         "weighting_scheme",
         "logit_mean",
         "logit_std",

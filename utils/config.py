@@ -176,6 +176,9 @@ class Config:
     test_difficulty: Difficulty = key("inference", "mix", "which test pictures: easy, hard or mix (both)")
     num_vals_test: PositiveInt | None = key("inference", None, "test pictures; null: all")
     test_batch_size: PositiveInt = key("inference", 4, "pictures per process and forward pass, in validation too")
+    tta: Literal["none", "flip", "flip_scale"] = key(
+        "inference", "none", "views of a picture whose predictions are averaged: itself, mirrored, at three scales too"
+    )
     threshold: Fraction = key("inference", 0.5, "a pixel is transparent where the prediction exceeds this")
 
 

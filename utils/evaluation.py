@@ -47,8 +47,8 @@ def evaluate(
         batch_size: pictures per batch and members per forward pass.
         seed: of the starting noise.
         num_workers: loader processes.
-        settings: `threshold`, `denoise_steps`, `ensemble_size` for the pipeline's call.
-        write: receives each picture's name and its `img`, `pred`, `maskq`, `maskgt` and, from a stochastic objective,
+        settings: `threshold`, `denoise_steps`, `ensemble_size`, `tta` for the pipeline's call.
+        write: receives each picture's name and its `img`, `pred`, `maskq`, `maskgt` and, where predictions vote,
             `uncertainty`, all uint8, (H, W, 3) or (H, W).
         poll_stop: called by all processes before each batch; a non-zero exit code ends the evaluation.
         description: of the progress bar.
