@@ -155,7 +155,7 @@ class Trainer:
         estimate = self.pipeline.objective.loss(
             self.transformer, batch["image_latents"], batch["mask_latents"], self.prompt, generators
         )
-        weights = (self.config.latent_loss_weight, self.config.pixel_loss_weight)
+        weights = (self.config.latent_loss_weight, self.config.pixel_loss_weight, self.config.edge_weight)
         with (
             self.accelerator.autocast()
         ):  # the mask decoder is called beside the transformer, which engines cast by themselves

@@ -30,7 +30,7 @@ def check_flags(config: Config, flags: frozenset[str], trained: Config, checkpoi
         InputError: if objective, mask decoder, base or prompt contradict.
     """
     remedy = f"leave the flag out, or load another checkpoint than {checkpoint}"
-    for name in ("objective", "mask_decoder"):
+    for name in ("objective", "prediction", "mask_decoder"):
         given, used = getattr(config, name), getattr(trained, name)
         if name in flags and given != used:
             raise InputError(f"--{name} {given}: the checkpoint was trained with {used}; {remedy}")

@@ -49,6 +49,9 @@ VARIANTS = (
     Variant("pixel loss alone", {"latent_loss_weight": 0.0}),
     Variant("VAE decoder, latent loss", {"mask_decoder": "vae", "latent_loss_weight": 1.0, "pixel_loss_weight": 0.0}),
     Variant("VAE decoder, latent and pixel loss", {"mask_decoder": "vae"}),
+    Variant("predicts velocity", {"prediction": "velocity"}),
+    Variant("predicts residual", {"prediction": "residual"}),
+    Variant("edges weigh more", {"edge_weight": 4.0}),
     Variant("diffusion", overlays=("configs/diffusion.yaml",)),
 )
 

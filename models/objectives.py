@@ -54,14 +54,22 @@ class Objective(Protocol):
 
 
 class EndToEnd:
-    """Condition latents at the constant timestep 1000 -> target latents, in one deterministic pass."""
+    """Condition latents at the constant timestep 1000 -> target latents, in one deterministic pass.
+
+    Args:
+        settings: `prediction`, what the transformer's output means: `clean`, the target (the published recipe); `velocity`,
+            condition - target, what the pretrained transformer answers at that timestep with the condition in the noise's place;
+            `residual`, target - condition.
+        shift: has no effect.
+    """
 
     in_channels_factor = 1
     constant_timestep: float | None = float(flow.NUM_TRAIN_TIMESTEPS)
     stochastic = False
 
     def __init__(self, settings: Mapping[str, Any], shift: float) -> None:
-        del settings, shift  # one fixed timestep has neither
+        del shift  # one fixed timestep is not shifted
+        self.prediction = settings.get("prediction", "clean")
 
     def predict(
         self,
@@ -73,7 +81,10 @@ class EndToEnd:
     ) -> torch.Tensor:
         """Returns predicted target latents (B, C, h, w), float32; generator and steps have no effect."""
         timesteps = condition_latents.new_full((len(condition_latents),), float(flow.NUM_TRAIN_TIMESTEPS))
-        return call_transformer(transformer, condition_latents, timesteps, prompt)
+        model_pred = call_transformer(transformer, condition_latents, timesteps, prompt)
+        if self.prediction == "velocity":
+            return condition_latents - model_pred
+        return condition_latents + model_pred if self.prediction == "residual" else model_pred
 
     def loss(
         self,

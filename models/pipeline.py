@@ -70,6 +70,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         logit_mean: of the training.
         logit_std: of the training.
         mode_scale: of the training.
+        prediction: of the training.
     """
 
     model_cpu_offload_seq = "prompt->vae->transformer->mask_decoder"
@@ -93,6 +94,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         logit_mean: float = 0.0,
         logit_std: float = 1.0,
         mode_scale: float = 1.29,
+        prediction: str = "clean",
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -103,6 +105,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
             "logit_mean": logit_mean,
             "logit_std": logit_std,
             "mode_scale": mode_scale,
+            "prediction": prediction,
         }
         self.register_to_config(
             objective=objective,

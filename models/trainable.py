@@ -71,6 +71,10 @@ def check_settings(config: Config) -> None:
         raise InputError(
             f"fold_conditioning: objective: {config.objective} has a timestep that changes; leave one of the two out"
         )
+    if config.prediction != "clean" and OBJECTIVES[config.objective].constant_timestep is None:
+        raise InputError(
+            f"prediction: {config.prediction} is for objective: end_to_end; {config.objective} always predicts its own velocity"
+        )
     if config.weights == "bf16" and config.data_type == "fp16":
         raise InputError(
             "weights: bf16 does not go with data_type: fp16, whose gradients are scaled; use data_type: bf16"
@@ -81,6 +85,8 @@ def check_settings(config: Config) -> None:
         )
     if not config.latent_loss_weight and not config.pixel_loss_weight:
         raise InputError("latent_loss_weight and pixel_loss_weight are both 0; there would be nothing to train")
+    if config.edge_weight and not config.pixel_loss_weight:
+        raise InputError("edge_weight is a part of the loss on pixels; set pixel_loss_weight above 0, or leave it out")
     if config.mask_decoder == "light" and not config.pixel_loss_weight:
         raise InputError(
             "mask_decoder: light is trained by the loss on pixels; set pixel_loss_weight above 0, or mask_decoder: vae"

@@ -142,6 +142,7 @@ def test_the_loss_on_pixels_reaches_the_transformer_through_the_vae_too(
     ("changes", "message"),
     [
         ({"mask_decoder": "light"}, "mask_decoder: light is trained by the loss on pixels; set pixel_loss_weight"),
+        ({"edge_weight": 1.0}, "edge_weight is a part of the loss on pixels"),
         ({"latent_loss_weight": 0.0}, "latent_loss_weight and pixel_loss_weight are both 0"),
         ({"mask_decoder_path": "/nowhere/decoder"}, "mask_decoder_path is given, but mask_decoder is vae"),
     ],

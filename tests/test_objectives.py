@@ -87,6 +87,22 @@ def test_the_end_to_end_loss_of_a_zero_predictor_is_the_targets_mean_square(prom
     assert EndToEnd({}, SHIFT).loss(StubTransformer(zero), latents(0), target, prompt).latent_loss.tolist() == [1, 4, 9]
 
 
+@pytest.mark.parametrize(("prediction", "sign"), [("velocity", -1), ("residual", 1)])
+def test_a_zero_predictor_of_a_difference_answers_with_the_condition(
+    prediction: str, sign: int, prompt: EmptyPrompt
+) -> None:
+    objective, condition, target = EndToEnd({"prediction": prediction}, SHIFT), latents(0), latents(1)
+    assert torch.equal(objective.predict(StubTransformer(zero), condition, prompt), condition)
+
+    def oracle(hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        del timestep
+        return sign * (target - hidden_states)
+
+    estimate = objective.loss(StubTransformer(oracle), condition, target, prompt)
+    assert estimate.latent_loss.max() < 1e-10
+    torch.testing.assert_close(estimate.clean_latents, target)
+
+
 @pytest.mark.parametrize("scheme", ["none", "logit_normal", "mode", "sigma_sqrt", "cosmap"])
 def test_the_diffusion_oracle_has_no_loss(scheme: str, prompt: EmptyPrompt) -> None:
     target = latents(1)

@@ -142,6 +142,7 @@ def test_dropped_rows_stay_dropped_at_inference(
             {"fold_conditioning": True, "trainable": "lora"},
             "fold_conditioning: trainable: lora keeps the base's layers",
         ),
+        ({"prediction": "velocity", "objective": "diffusion"}, "prediction: velocity is for objective: end_to_end"),
         ({"weights": "bf16", "data_type": "fp16"}, "weights: bf16 does not go with data_type: fp16"),
     ],
 )

@@ -321,6 +321,7 @@ def build_pipeline(
         "logit_mean",
         "logit_std",
         "mode_scale",
+        "prediction",
     ]
     settings = {name: getattr(config, name) for name in names}
     codec = LAYOUTS[config.dataset_name].codec

@@ -65,6 +65,9 @@ class Config:
     objective: Literal["end_to_end", "diffusion"] = key(
         "model", "end_to_end", "how the transformer is trained and read"
     )
+    prediction: Literal["clean", "velocity", "residual"] = key(
+        "model", "clean", "end to end: what is predicted: mask latents, picture minus mask, or mask minus picture"
+    )
     data_type: Literal["bf16", "fp16", "fp32"] = key("model", "bf16", "precision of the computation")
     weights: Literal["fp32", "bf16"] = key(
         "model", "fp32", "precision that the weights are kept in; bf16 is rounded stochastically, half the memory"
@@ -126,6 +129,9 @@ class Config:
     latent_loss_weight: NonNegativeFloat = key("training", 1.0, "weight of the objective's loss on latents")
     pixel_loss_weight: NonNegativeFloat = key(
         "training", 0.0, "weight of the mask's cross-entropy and Dice loss, through mask_decoder"
+    )
+    edge_weight: NonNegativeFloat = key(
+        "training", 0.0, "what a pixel at the mask's edge weighs in the pixel loss above the others' 1"
     )
     max_grad_norm: PositiveFloat | None = key("training", 1.0, "gradients are clipped to this norm; null: no clipping")
 

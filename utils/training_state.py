@@ -41,7 +41,16 @@ def find_resumed(config: Config) -> Path | None:
         return None
     found = checkpoints.find_checkpoint(config.output_dir, config.resume_from_checkpoint, "resume_from_checkpoint")
     trained = checkpoints.read_config(found)
-    for name in ("trainable", "weights", "mask_decoder", "fold_conditioning", "optimizer", "lora_rank", "lora_targets"):
+    for name in (
+        "trainable",
+        "prediction",
+        "weights",
+        "mask_decoder",
+        "fold_conditioning",
+        "optimizer",
+        "lora_rank",
+        "lora_targets",
+    ):
         if getattr(trained, name) != getattr(config, name):
             raise InputError(
                 f"{found}: was trained with {name}: {getattr(trained, name)}, not {getattr(config, name)}; resume with the "
