@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from diffusers import SD3Transformer2DModel
 
 from utils.checkpoints import list_checkpoints, read_config
 from utils.compare import find_scores, interval, read_scores
@@ -35,11 +38,13 @@ class Variant:
         name: in the table.
         flags: of trainer.py, over configs/tiny.yaml.
         overlays: configuration files beneath configs/tiny.yaml.
+        random_transformer: starts from the tiny base with a transformer of random weights.
     """
 
     name: str
     flags: Mapping[str, object] = field(default_factory=dict)
     overlays: tuple[str, ...] = ()
+    random_transformer: bool = False
 
 
 BASELINE = Variant("configs/tiny.yaml")
@@ -52,6 +57,7 @@ VARIANTS = (
     Variant("predicts velocity", {"prediction": "velocity"}),
     Variant("predicts residual", {"prediction": "residual"}),
     Variant("edges weigh more", {"edge_weight": 4.0}),
+    Variant("random transformer", random_transformer=True),
     Variant("diffusion", overlays=("configs/diffusion.yaml",)),
 )
 
@@ -70,6 +76,8 @@ def train_and_score(variant: Variant, seed: int, out: Path, more: Sequence[str])
     if result.is_file():
         return json.loads(result.read_text(encoding="utf-8"))
     flags: dict[str, object] = {"output_dir": folder, "seed": seed, **variant.flags}
+    if variant.random_transformer:
+        flags["base_model_path"] = random_base(out / "random_base")
     configs = [part for path in (*variant.overlays, "configs/tiny.yaml") for part in ("--config", str(ROOT / path))]
     arguments = [*configs, *(part for name, value in flags.items() for part in (f"--{name}", str(value))), *more]
     # Latents depend on the seed and on whether the recipe augments, not on the variant.
@@ -85,6 +93,19 @@ def train_and_score(variant: Variant, seed: int, out: Path, more: Sequence[str])
     partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     partial.replace(result)
     return record
+
+
+def random_base(folder: Path) -> Path:
+    """Writes the tiny base with a transformer of random weights, once, and returns its folder."""
+    if not (folder / "transformer").is_dir():
+        base = ROOT / "assets" / "tiny_sd3"
+        shutil.copytree(base, folder, ignore=shutil.ignore_patterns("transformer"), dirs_exist_ok=True)
+        torch.manual_seed(0)
+        config = SD3Transformer2DModel.load_config(base, subfolder="transformer")
+        partial = folder / "transformer.part"
+        SD3Transformer2DModel.from_config(config).save_pretrained(partial)
+        partial.replace(folder / "transformer")
+    return folder
 
 
 def table_row(name: str, records: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import study
+from models.base import load_transformer
 from tests.conftest import arguments_of
 from utils.errors import CommandError, InputError
 
@@ -47,6 +48,21 @@ def test_a_study_runs_its_variants_and_goes_on(
     monkeypatch.undo()
     with pytest.raises(CommandError, match=r"trainer\.py failed with exit code 2"):
         study.main([*arguments, "--seeds", "2", "--lr", "-1"])
+
+
+def test_a_base_with_random_weights_is_the_tiny_base_but_for_its_transformer(tmp_path: Path) -> None:
+    folder = study.random_base(tmp_path / "base")
+    tiny = study.ROOT / "assets" / "tiny_sd3"
+    left, right = load_transformer(folder), load_transformer(tiny)
+    assert {name: value.shape for name, value in left.state_dict().items()} == {
+        name: value.shape for name, value in right.state_dict().items()
+    }
+    assert not left.proj_out.weight.equal(right.proj_out.weight)
+    vae = "vae/diffusion_pytorch_model.safetensors"
+    assert (folder / vae).read_bytes() == (tiny / vae).read_bytes()
+    before = (folder / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns
+    study.random_base(folder)
+    assert (folder / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_mtime_ns == before
 
 
 def test_an_unknown_variant_is_named() -> None:
