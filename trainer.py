@@ -27,7 +27,7 @@ from utils.ema import MovingAverage
 from utils.engine import build_accelerator, clip_gradients, engine_name
 from utils.errors import InputError, InterruptedRunError, run_command
 from utils.evaluation import evaluate
-from utils.metrics import summarise
+from utils.metrics import best_threshold, summarise
 from utils.monitor import TrainingMonitor
 from utils.optimizers import build_optimizer, set_rate
 from utils.plan import TrainingPlan
@@ -169,7 +169,7 @@ class Trainer:
         self.pipeline.vae.to(self.accelerator.device)
         self.transformer.eval()
         with self.average.in_place() if self.average else nullcontext(), self.accelerator.autocast():
-            scores = evaluate(
+            scores, curves = evaluate(
                 self.pipeline,
                 self.validation_data,
                 self.accelerator,
@@ -183,12 +183,13 @@ class Trainer:
         self.pipeline.vae.to(vae_device)
         summary = summarise(scores)
         # One process decides: saving is collective, and a shared disk may show each process another state.
+        threshold, _ = best_threshold(curves)
         best = checkpoints.read_best(self.config.output_dir)
         if broadcast_object_list([best is None or summary["iou"] > best["iou"]])[0]:
             self._save()
             if self.accelerator.is_main_process:
                 limit = self.config.checkpoints_total_limit
-                checkpoints.mark_best(self.config.output_dir, self.global_step, summary["iou"], limit)
+                checkpoints.mark_best(self.config.output_dir, self.global_step, summary["iou"], limit, threshold)
         self.monitor.record_validation(self.global_step, self._epoch(), summary)
 
     def _save(self) -> None:

@@ -85,10 +85,11 @@ def main() -> None:
         except OSError as error:
             raise InputError(f"{partial.parent}: cannot be written ({error.strerror}); check output_dir") from error
     accelerator.wait_for_everyone()
-    settings = {name: getattr(config, name) for name in ("threshold", "denoise_steps", "ensemble_size", "tta")}
+    settings = {name: getattr(config, name) for name in ("denoise_steps", "ensemble_size", "tta")}
+    settings["threshold"] = checkpoints.chosen_threshold(config, checkpoint)
     try:
         with BackgroundPngWriter(partial) as write:
-            scores = evaluate(
+            scores, _ = evaluate(
                 pipeline,
                 PairDataset(found.pairs, LAYOUTS[config.dataset_name].read_label, resolution),
                 accelerator,

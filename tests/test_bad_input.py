@@ -45,7 +45,7 @@ def test_the_trainer_refuses_an_unknown_key_of_an_overlay(launch: Launch, tmp_pa
 
 def test_the_inference_refuses_a_flag_out_of_range(launch: Launch) -> None:
     done = launch("val_inference.py", {"threshold": 2}, check=2)
-    assert the_error(done) == "--threshold: '2' is not valid, expected a number, >= 0, <= 1"
+    assert the_error(done) == "--threshold: '2' is not valid, expected a number, >= 0, <= 1 or validation"
 
 
 def test_the_trainer_lists_the_pairs_that_differ_in_size(

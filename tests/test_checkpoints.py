@@ -141,7 +141,7 @@ def test_best_is_what_best_json_names(tmp_path: Path) -> None:
     put(tmp_path, "checkpoint-10")
     put_best(tmp_path, "checkpoint-9", 0.25)
     assert find_checkpoint(tmp_path, "best", KEY) == folder
-    assert read_best(tmp_path) == {"checkpoint": "checkpoint-9", "iou": 0.25, "global_step": 1}
+    assert read_best(tmp_path) == {"checkpoint": "checkpoint-9", "iou": 0.25, "global_step": 1, "threshold": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -159,6 +159,7 @@ def test_best_is_what_best_json_names(tmp_path: Path) -> None:
         '{"checkpoint": "checkpoint-9", "iou": "high", "global_step": 9}',
         '{"checkpoint": "checkpoint-9", "iou": 0.5, "global_step": "late"}',
         '{"checkpoint": 9, "iou": 0.5, "global_step": 9}',
+        '{"checkpoint": "checkpoint-9", "iou": 0.5, "global_step": 9, "threshold": "low"}',
     ],
 )
 def test_a_missing_or_broken_best_json_names_no_checkpoint(content: str | None, tmp_path: Path) -> None:
@@ -201,7 +202,7 @@ def test_rotation_keeps_the_best_and_the_newest(tmp_path: Path) -> None:
     publish(tmp_path, 13, limit=2, iou=0.6)
     assert names(tmp_path) == [BEST_FILE_NAME, "checkpoint-12", "checkpoint-13"]
     best = read_best(tmp_path)
-    assert best == {"checkpoint": "checkpoint-13", "iou": 0.6, "global_step": 13}
+    assert best == {"checkpoint": "checkpoint-13", "iou": 0.6, "global_step": 13, "threshold": 0.5}
 
 
 def test_without_a_limit_every_checkpoint_is_kept(tmp_path: Path) -> None:
@@ -217,19 +218,20 @@ def test_publishing_does_not_mark_the_best_and_rotation_spares_the_best_that_is_
     publish(tmp_path, 2, limit=1)
     publish(tmp_path, 3, limit=1)
     assert names(tmp_path) == [BEST_FILE_NAME, "checkpoint-1", "checkpoint-3"]  # until another is marked
-    assert read_best(tmp_path) == {"checkpoint": "checkpoint-1", "iou": 0.5, "global_step": 1}
+    assert read_best(tmp_path) == {"checkpoint": "checkpoint-1", "iou": 0.5, "global_step": 1, "threshold": 0.5}
 
 
 def test_marking_the_best_removes_the_former_best_that_is_none_of_the_newest(tmp_path: Path) -> None:
     publish(tmp_path, 1, iou=0.5)
     for step in (2, 3):
         publish(tmp_path, step, limit=2)
-    mark_best(tmp_path, 2, 0.75, limit=2)
+    mark_best(tmp_path, 2, 0.75, limit=2, threshold=0.25)
     assert names(tmp_path) == [BEST_FILE_NAME, "checkpoint-2", "checkpoint-3"]
     assert json.loads((tmp_path / "checkpoints" / BEST_FILE_NAME).read_text()) == {
         "checkpoint": "checkpoint-2",
         "iou": 0.75,
         "global_step": 2,
+        "threshold": 0.25,
     }
 
 

@@ -269,7 +269,7 @@ def test_every_picture_is_scored_once_in_order_whatever_the_batch_size(
     pipeline = make_pipeline(objective)
     written: dict[str, dict[str, NDArray[np.uint8]]] = {}
     runs = [
-        evaluate(pipeline, pairs, accelerator, batch_size=size, seed=0, write=written.__setitem__) for size in (3, 4)
+        evaluate(pipeline, pairs, accelerator, batch_size=size, seed=0, write=written.__setitem__)[0] for size in (3, 4)
     ]
     assert [(score.name, score.difficulty) for score in runs[0]] == [(p.name, p.difficulty) for p in pairs.pairs]
     assert [score.iou for score in runs[0]] == pytest.approx([score.iou for score in runs[1]], abs=0.01)
@@ -283,11 +283,20 @@ def test_every_picture_is_scored_once_in_order_whatever_the_batch_size(
         assert {values.dtype for values in picture.values()} == {np.dtype(np.uint8)}
 
 
+def test_curves_hold_the_score_at_the_threshold_in_the_order_of_the_pictures(
+    pairs: PairDataset, accelerator: Accelerator
+) -> None:
+    pipeline = make_pipeline("end_to_end", threshold=127.5 / 255)
+    scores, curves = evaluate(pipeline, pairs, accelerator, batch_size=4, seed=0)
+    assert curves.shape == (10, 256)
+    assert [score.iou for score in scores] == pytest.approx(curves[:, 128].tolist(), abs=1e-6)
+
+
 def test_scoring_depends_on_the_seed_and_uses_the_given_settings(pairs: PairDataset, accelerator: Accelerator) -> None:
     pipeline = make_pipeline("diffusion")
 
     def mses(seed: int, **settings: float) -> list[float]:
-        scores = evaluate(pipeline, pairs, accelerator, batch_size=5, seed=seed, settings=settings)
+        scores, _ = evaluate(pipeline, pairs, accelerator, batch_size=5, seed=seed, settings=settings)
         return [score.mse for score in scores]
 
     assert mses(0) == mses(0)

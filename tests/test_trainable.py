@@ -105,6 +105,24 @@ def test_an_average_left_out_on_resuming_leaves_the_weights_behind_it(
     assert all(resumed[name].equal(plain[name]) for name in plain)
 
 
+def test_validation_chooses_the_threshold_of_the_best_checkpoint(
+    flags: dict[str, object], launch: Launch, tmp_path: Path
+) -> None:
+    flags |= {"threshold": "validation", "val_steps": 3, "checkpoints_total_limit": 2}
+    launch("trainer.py", flags)
+    run = tmp_path / "run"
+    best = json.loads((run / "checkpoints" / "best.json").read_text())
+    assert 0 < best["threshold"] < 1
+    launch("val_inference.py", {**flags, "load_checkpoint": "best"})
+    record = json.loads((run / "mask_predictions" / f"test_mix_{best['global_step']}" / "inference.json").read_text())
+    assert record["threshold"] == best["threshold"]
+    other = f"checkpoint-{9 - best['global_step']}"
+    done = launch("val_inference.py", {**flags, "load_checkpoint": other}, check=2)
+    assert f"threshold: validation chooses one for the best checkpoint alone, {other} is not" in done.stderr
+    export(run, tmp_path / "exported")
+    assert TransparencySegmentationPipeline.from_pretrained(tmp_path / "exported").config.threshold == best["threshold"]
+
+
 def test_folded_training_starts_from_the_same_loss(flags: dict[str, object], launch: Launch, tmp_path: Path) -> None:
     flags |= {"max_train_steps": 3, "val_steps": "null"}
     launch("trainer.py", flags)

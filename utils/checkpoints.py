@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ AVERAGE_FILE_NAME = "average.safetensors"
 ENGINE_FOLDER_NAME = "engine"
 CONFIG_FILE_NAME = "config.yaml"
 BEST_FILE_NAME = "best.json"
+DEFAULT_THRESHOLD = 0.5
 NAME_PATTERN = re.compile(r"checkpoint-(\d+)")
 
 
@@ -97,15 +98,17 @@ def list_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
 
 
 def read_best(output_dir: str | Path) -> dict[str, Any] | None:
-    """Returns the content of `best.json` (`checkpoint`, `iou`, `global_step`), or None if it names no checkpoint."""
+    """Returns the content of `best.json` (`checkpoint`, `iou`, `global_step`, `threshold`), or None if it names no checkpoint."""
     folder = checkpoints_folder(output_dir)
     try:
         best = json.loads((folder / BEST_FILE_NAME).read_text(encoding="utf-8"))
         name, iou, step = best["checkpoint"], float(best["iou"]), int(best["global_step"])
+        threshold = float(best.get("threshold", DEFAULT_THRESHOLD))
     except (OSError, ValueError, KeyError, TypeError):
         return None
     known = {path.name for _, path in list_checkpoints(output_dir)}
-    return {"checkpoint": name, "iou": iou, "global_step": step} if name in known else None
+    found = {"checkpoint": name, "iou": iou, "global_step": step, "threshold": threshold}
+    return found if name in known else None
 
 
 def find_checkpoint(output_dir: str | Path, name: str, key: str) -> Path:
@@ -134,6 +137,23 @@ def find_checkpoint(output_dir: str | Path, name: str, key: str) -> Path:
             return path
     names = ", ".join(path.name for _, path in complete) or "none"
     raise InputError(f"{key}: no complete checkpoint {name!r} in {folder} (there: {names})")
+
+
+def chosen_threshold(config: Config, checkpoint: Path) -> float:
+    """Returns the threshold to use with a checkpoint: the configuration's, or what validation chose for it.
+
+    Raises:
+        InputError: if validation is to choose and the checkpoint is not the best, whose threshold alone is kept.
+    """
+    if config.threshold != "validation":
+        return float(config.threshold)
+    best = read_best(checkpoint.parent.parent)
+    if best is None or best["checkpoint"] != checkpoint.name:
+        raise InputError(
+            f"threshold: validation chooses one for the best checkpoint alone, {checkpoint.name} is not; use load_checkpoint: best, "
+            "or a number"
+        )
+    return float(best["threshold"])
 
 
 def read_state(checkpoint: Path) -> TrainingState:
@@ -243,11 +263,26 @@ def publish_checkpoint(output_dir: str | Path, global_step: int, limit: int | No
     return final
 
 
-def mark_best(output_dir: str | Path, global_step: int, iou: float, limit: int | None) -> None:
-    """Names an existing checkpoint in `best.json` and removes what exceeds the limit, the former best among it."""
+def mark_best(
+    output_dir: str | Path, global_step: int, iou: float, limit: int | None, threshold: float = DEFAULT_THRESHOLD
+) -> None:
+    """Names an existing checkpoint in `best.json` and removes what exceeds the limit, the former best among it.
+
+    Args:
+        output_dir: of the run.
+        global_step: of the checkpoint.
+        iou: on the validation split.
+        limit: newest checkpoints to keep beside the best; None keeps all.
+        threshold: that serves the validation split best.
+    """
     folder = checkpoints_folder(output_dir)
     partial = folder / f".{BEST_FILE_NAME}.part"
-    content = {"checkpoint": f"checkpoint-{global_step}", "iou": iou, "global_step": global_step}
+    content = {
+        "checkpoint": f"checkpoint-{global_step}",
+        "iou": iou,
+        "global_step": global_step,
+        "threshold": threshold,
+    }
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     partial.replace(folder / BEST_FILE_NAME)
     _rotate(output_dir, limit)
@@ -324,6 +359,8 @@ def build_pipeline(
         "prediction",
     ]
     settings = {name: getattr(config, name) for name in names}
+    if settings["threshold"] == "validation":
+        settings["threshold"] = DEFAULT_THRESHOLD
     codec = LAYOUTS[config.dataset_name].codec
     parts = (transformer, vae, load_scheduler(base), prompt, mask_decoder)
     return TransparencySegmentationPipeline(*parts, codec=codec, **settings)
@@ -354,6 +391,10 @@ def load_pipeline(checkpoint: Path, dtype: torch.dtype, compiled: bool = False) 
     if (checkpoint / MASK_DECODER).is_dir():
         channels = int(transformer.out_channels)
         decoder = load_mask_decoder(checkpoint / MASK_DECODER, channels, dtype).eval()
+    if config.threshold == "validation":
+        best = read_best(checkpoint.parent.parent)
+        known = best is not None and best["checkpoint"] == checkpoint.name
+        config = replace(config, threshold=chosen_threshold(config, checkpoint) if known else DEFAULT_THRESHOLD)
     return build_pipeline(config, base, transformer, load_vae(base, dtype, compiled), prompt, decoder)
 
 

@@ -185,7 +185,11 @@ class Config:
     tta: Literal["none", "flip", "flip_scale"] = key(
         "inference", "none", "views of a picture whose predictions are averaged: itself, mirrored, at three scales too"
     )
-    threshold: Fraction = key("inference", 0.5, "a pixel is transparent where the prediction exceeds this")
+    threshold: Fraction | Literal["validation"] = key(
+        "inference",
+        0.5,
+        "a pixel is transparent where the prediction exceeds this; validation: what was best there for the best checkpoint",
+    )
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}

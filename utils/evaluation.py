@@ -16,9 +16,10 @@ from tqdm import tqdm
 from dataset.trans10k import PairDataset, collate, prepare_worker
 from models.pipeline import TransparencySegmentationPipeline
 from utils.errors import InterruptedRunError
-from utils.metrics import PictureScore, score_picture
+from utils.metrics import PictureScore, iou_curve, score_picture
 from utils.seeding import Stream, torch_generator
 
+Scored = tuple[int, PictureScore, NDArray[np.float64]]
 PictureWriter = Callable[[str, dict[str, NDArray[np.uint8]]], None]
 
 
@@ -34,7 +35,7 @@ def evaluate(
     write: PictureWriter | None = None,
     poll_stop: Callable[[], int] = lambda: 0,
     description: str = "scoring",
-) -> list[PictureScore]:
+) -> tuple[list[PictureScore], NDArray[np.float64]]:
     """Predicts and scores every picture of a data set.
 
     Batches are cut the same way for any number of processes and dealt out in turn, and each picture's noise is seeded
@@ -54,7 +55,8 @@ def evaluate(
         description: of the progress bar.
 
     Returns:
-        On every process, the scores of all pictures in the data set's order.
+        On every process, the scores of all pictures in the data set's order, and their IoU at every threshold, (N, 256), see
+        `utils.metrics.iou_curve`.
 
     Raises:
         InterruptedRunError: if `poll_stop` asked for it.
@@ -72,7 +74,7 @@ def evaluate(
         worker_init_fn=prepare_worker,
         pin_memory=accelerator.device.type == "cuda",
     )
-    scores: list[tuple[int, PictureScore]] = []
+    scored: list[Scored] = []
     hidden = not accelerator.is_main_process
     for number, batch in zip(
         mine, tqdm(loader, desc=description, disable=hidden, leave=False, unit="batch"), strict=True
@@ -94,14 +96,16 @@ def evaluate(
         if output.uncertainty is not None:
             # A standard deviation of values in [0, 1] is at most one half: white is that.
             pictures["uncertainty"] = _to_uint8(output.uncertainty * 2)
+        soft = _to_uint8(output.soft)
         for position, (index, name) in enumerate(zip(batch["index"], batch["name"], strict=True)):
             picture = {kind: values[position] for kind, values in pictures.items()}
             difficulty = dataset.pairs[index].difficulty
             score = score_picture(picture["pred"], picture["maskq"] > 0, picture["maskgt"] > 0, name, difficulty)
-            scores.append((index, score))
+            scored.append((index, score, iou_curve(soft[position], picture["maskgt"] > 0)))
             if write is not None:
                 write(name, picture)
-    return [score for _, score in sorted(gather_object(scores), key=lambda entry: entry[0])]
+    everything: list[Scored] = sorted(gather_object(scored), key=lambda entry: entry[0])
+    return [score for _, score, _ in everything], np.stack([curve for _, _, curve in everything])
 
 
 def _to_uint8(values: torch.Tensor) -> NDArray[np.uint8]:

@@ -95,6 +95,36 @@ def score_picture(
     )
 
 
+def iou_curve(soft: NDArray[np.uint8], truth: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Returns the IoU of one picture's soft mask, quantised at each of 256 thresholds.
+
+    Args:
+        soft: (H, W), uint8, 255 is certain.
+        truth: (H, W), bool.
+
+    Returns:
+        (256,): entry k is that of the pixels of at least k; an empty truth with an empty mask scores 1.
+    """
+    glass, pixels = np.bincount(soft[truth], minlength=256), np.bincount(soft.ravel(), minlength=256)
+    hits, claimed = (counts[::-1].cumsum()[::-1] for counts in (glass, pixels))
+    union = claimed + int(truth.sum()) - hits
+    return np.where(union > 0, hits / np.maximum(union, 1), 1.0)
+
+
+def best_threshold(curves: NDArray[np.float64]) -> tuple[float, float]:
+    """Returns the threshold with the best mean IoU over pictures, and that IoU.
+
+    Args:
+        curves: (N, 256), of `iou_curve`.
+
+    Returns:
+        A threshold between two grey levels, to be exceeded, and the mean IoU at it; the lowest of equals.
+    """
+    means = curves[:, 1:].mean(axis=0)  # a threshold of 0 would be exceeded nowhere or everywhere
+    best = int(means.argmax())
+    return round((best + 0.5) / 255, DECIMALS), float(means[best])
+
+
 def summarise(scores: Sequence[PictureScore]) -> dict[str, Any]:
     """Returns the means over pictures, at the top level for all and under each difficulty that occurs."""
     summary: dict[str, Any] = {**_means(scores), "protocol": PROTOCOL}
