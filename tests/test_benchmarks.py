@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import inference, memory, training
+from benchmarks import inference, memory, prompt_rows, training
 from benchmarks.subjects import RECIPES, SD35_TRANSFORMER, build_prompt, build_vae
 from tests.conftest import ROOT
 from utils.errors import InputError
@@ -105,3 +105,17 @@ def test_sizes_are_the_true_ones() -> None:
 
 def test_recipes_have_names_of_their_own() -> None:
     assert len({recipe.name for recipe in RECIPES}) == len(RECIPES)
+
+
+def test_leaving_out_zero_rows_changes_the_answer_and_is_measured(
+    base: Path, trans10k: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "rows.json"
+    flags = ["--base_model_path", str(base), "--data", str(trans10k), "--resolution", "32", "--pictures", "3"]
+    prompt_rows.main([*flags, "--out", str(out)])
+    record = json.loads(out.read_text())
+    assert (record["rows"], record["zero_rows"]) == (6, 3)
+    assert 0 < record["relative_change"] < 1
+    assert "3 of 6 rows left out change the prediction by" in capsys.readouterr().out
+    with pytest.raises(InputError, match="--resolution a multiple of 16"):
+        prompt_rows.main(["--resolution", "40"])
