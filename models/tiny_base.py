@@ -340,7 +340,7 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=128, help="side of the pictures in pixels [128]")
     parser.add_argument("--vae_steps", type=int, default=8500, help="updates of the VAE [8500]")
     parser.add_argument("--mask_decoder_steps", type=int, default=600, help="updates of the mask decoder [600]")
-    parser.add_argument("--transformer_steps", type=int, default=6600, help="updates of the transformer [6600]")
+    parser.add_argument("--transformer_steps", type=int, default=4500, help="updates of the transformer [4500]")
     parser.add_argument("--batch_size", type=int, default=8, help="of the VAE; the transformer takes 4x [8]")
     parser.add_argument(
         "--data_type", choices=("fp32", "bf16"), default="bf16", help="precision of the training [bf16]"
