@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from dataset.sampling import BatchStream, resumed_batch
 from dataset.trans10k import LAYOUTS, PairDataset, Scan, collate, prepare_worker, scan
 from models.base import DTYPES, load_prompt, load_vae, resolve_base
-from models.latents import LatentBatches
+from models.latents import LatentBatches, cut_and_mix
 from models.losses import weighted_losses
 from models.prompt import EmptyPrompt
 from models.trainable import build_trainable, check_settings, mask_decoder_of
@@ -129,6 +129,8 @@ class Trainer:
         grad_norm = None
         for _ in range(self.config.gradient_accumulation_steps):
             batch = next(batches)
+            if self.config.cutmix:
+                batch = cut_and_mix(batch, self.config.cutmix, self.config.seed)
             with self.accelerator.accumulate(self.transformer):
                 losses = self._losses(batch)
                 self.accelerator.backward(losses["loss"].mean())

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
+from utils.seeding import Stream, numpy_generator
+
 DOWNSCALE = 8
+CUT_SIDES = (0.3, 0.7)  # of a rectangle, as a share of the picture's
 # The VAE's activations are its large part (about 1.5 GB for a picture of 1024 px in bf16), and a picture that size fills a GPU.
 PIXELS_PER_CALL = 4 * 1024 * 1024
 
@@ -65,6 +68,32 @@ class LatentCodec:
             for chunk in chunks
         ]
         return torch.cat(pixels)
+
+
+def cut_and_mix(batch: dict[str, Any], share: float, seed: int) -> dict[str, Any]:
+    """Returns a batch in which a rectangle of some samples comes from the next sample (CutMix, arXiv 1905.04899).
+
+    Latents are cut, since the VAE's are local, and labels at the same place. Whether and where is drawn from (seed, epoch, index).
+
+    Args:
+        batch: with `image_latents` and `mask_latents` (B, C, h, w), `label` (B, 8h, 8w), and lists `epoch` and `index`.
+        share: of the samples that are mixed, in [0, 1].
+        seed: of the run.
+    """
+    latents = batch["image_latents"]
+    count, _, height, width = latents.shape
+    inside = torch.zeros(count, height, width, dtype=torch.bool)
+    for number, (epoch, index) in enumerate(zip(batch["epoch"], batch["index"], strict=True)):
+        rng = numpy_generator(Stream.CUTMIX, seed, epoch, index)
+        if rng.random() < share:
+            rows, columns = (round(side * rng.uniform(*CUT_SIDES)) for side in (height, width))
+            top, left = rng.integers(0, height - rows + 1), rng.integers(0, width - columns + 1)
+            inside[number, top : top + rows, left : left + columns] = True
+    inside = inside.to(latents.device, non_blocking=True)
+    pixels = inside.repeat_interleave(DOWNSCALE, dim=1).repeat_interleave(DOWNSCALE, dim=2)
+    places = {"image_latents": inside[:, None], "mask_latents": inside[:, None], "label": pixels}
+    mixed = {name: torch.where(place, batch[name].roll(-1, dims=0), batch[name]) for name, place in places.items()}
+    return {**batch, **mixed}
 
 
 class LatentBatches:

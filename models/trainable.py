@@ -85,6 +85,10 @@ def check_settings(config: Config) -> None:
         )
     if not config.latent_loss_weight and not config.pixel_loss_weight:
         raise InputError("latent_loss_weight and pixel_loss_weight are both 0; there would be nothing to train")
+    if config.cutmix and config.train_batch_size == 1:
+        raise InputError(
+            "cutmix takes parts of other samples of the batch, train_batch_size is 1; raise it, or leave cutmix out"
+        )
     if config.edge_weight and not config.pixel_loss_weight:
         raise InputError("edge_weight is a part of the loss on pixels; set pixel_loss_weight above 0, or leave it out")
     if config.mask_decoder == "light" and not config.pixel_loss_weight:

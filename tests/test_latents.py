@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from models.latents import LatentCodec
+from models.latents import LatentCodec, cut_and_mix
 from tests.conftest import make_vae
 
 
@@ -92,3 +93,42 @@ def test_pixels_of_another_shape_are_refused_with_their_shape(shape: tuple[int, 
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\).*multiples of 8") as caught:
         LatentCodec(FoldingVae()).encode(torch.zeros(shape))
     assert str(shape) in str(caught.value)
+
+
+def make_batch(count: int = 64) -> dict[str, Any]:
+    """A batch whose latents and labels say which sample they come from."""
+    number = torch.arange(count)
+    latents = number.float().view(-1, 1, 1, 1).expand(-1, 2, 10, 20)
+    labels = number.to(torch.uint8).view(-1, 1, 1).expand(-1, 80, 160)
+    batch = {"image_latents": latents, "mask_latents": -latents, "label": labels}
+    return {**batch, "epoch": [3] * count, "index": list(range(count))}
+
+
+def test_cutmix_takes_one_rectangle_of_the_next_sample_at_the_same_place_everywhere() -> None:
+    batch = make_batch()
+    mixed = cut_and_mix(batch, 1.0, seed=1)
+    places = set()
+    for number in range(64):
+        image, mask, label = (mixed[name][number] for name in ("image_latents", "mask_latents", "label"))
+        foreign = image[0] != number
+        assert (image[0][foreign] == (number + 1) % 64).all()
+        assert torch.equal(mask, -image)
+        assert torch.equal(label, image[0].to(torch.uint8).repeat_interleave(8, 0).repeat_interleave(8, 1))
+        rows, columns = foreign.any(dim=1).sum().item(), foreign.any(dim=0).sum().item()
+        assert rows * columns == foreign.sum().item()  # a rectangle
+        assert 3 <= rows <= 7
+        assert 6 <= columns <= 14
+        places.add((foreign.any(dim=1).tolist().index(True), foreign.any(dim=0).tolist().index(True)))
+    assert len(places) > 30
+
+
+def test_cutmix_mixes_its_share_and_repeats_itself() -> None:
+    batch = make_batch()
+    mixed = cut_and_mix(batch, 0.5, seed=1)
+    changed = [not mixed["label"][number].equal(batch["label"][number]) for number in range(64)]
+    assert 20 < sum(changed) < 44
+    again = cut_and_mix(make_batch(), 0.5, seed=1)
+    assert all(again[name].equal(mixed[name]) for name in ("image_latents", "mask_latents", "label"))
+    other = cut_and_mix({**make_batch(), "epoch": [4] * 64}, 0.5, seed=1)
+    assert not other["label"].equal(mixed["label"])
+    assert cut_and_mix(batch, 0.0, seed=1)["label"].equal(batch["label"])

@@ -90,7 +90,9 @@ def test_the_tiny_base_brings_one_that_reads_unseen_masks() -> None:
     assert torch.where(either > 0, both / either.clamp(min=1), 1.0).mean() > 0.98
 
 
-@pytest.mark.parametrize("way", [{}, {"objective": "diffusion"}, {"latent_cache": "disk"}, {"ema_decay": 0.9}])
+@pytest.mark.parametrize(
+    "way", [{}, {"objective": "diffusion"}, {"latent_cache": "disk", "cutmix": 0.5}, {"ema_decay": 0.9}]
+)
 def test_it_is_trained_saved_resumed_scored_and_exported(
     way: dict[str, object], base: Path, flags: dict[str, object], launch: Launch, tmp_path: Path
 ) -> None:
@@ -142,6 +144,7 @@ def test_the_loss_on_pixels_reaches_the_transformer_through_the_vae_too(
     ("changes", "message"),
     [
         ({"mask_decoder": "light"}, "mask_decoder: light is trained by the loss on pixels; set pixel_loss_weight"),
+        ({"cutmix": 0.5, "train_batch_size": 1}, "cutmix takes parts of other samples of the batch"),
         ({"edge_weight": 1.0}, "edge_weight is a part of the loss on pixels"),
         ({"latent_loss_weight": 0.0}, "latent_loss_weight and pixel_loss_weight are both 0"),
         ({"mask_decoder_path": "/nowhere/decoder"}, "mask_decoder_path is given, but mask_decoder is vae"),

@@ -102,6 +102,9 @@ class Config:
         "data", 1024, "side in pixels to which pictures and masks are resized; a multiple of 16"
     )
     augmentation: bool = key("data", True, "flip, colour jitter, blur and noise on training pictures")
+    cutmix: Fraction = key(
+        "data", 0.0, "share of the training samples in which a rectangle comes from another of the batch"
+    )
     mismatched_pairs: Literal["error", "skip"] = key(
         "data", "error", "what to do with pairs whose picture and mask differ in size"
     )

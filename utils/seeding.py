@@ -16,6 +16,7 @@ class Stream(IntEnum):
     TRAINING_NOISE = 2
     INFERENCE_NOISE = 3
     ROUNDING = 4
+    CUTMIX = 5
 
 
 def numpy_generator(stream: Stream, seed: int, *position: int) -> np.random.Generator:
