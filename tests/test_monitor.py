@@ -195,7 +195,7 @@ def test_a_long_list_of_files_is_cut_and_has_no_duplicates(make_monitor: MakeMon
 
 
 def write_history(path: Path, *steps: int) -> None:
-    path.write_text(HEADER + "".join(f"{step},0.5,1.0,0.1,0.2,3.0,0.1,,,\r\n" for step in steps), newline="")
+    path.write_text(HEADER + "".join(f"{step},0.5,1.0,0.75,0.25,0.1,0.2,3.0,0.1,,,\r\n" for step in steps), newline="")
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_a_last_row_cut_anywhere_by_a_kill_is_dropped_and_the_next_one_starts_it
     path = tmp_path / "history.csv"
     write_history(path, 1, 2)
     whole = path.read_bytes()
-    row = b"3,0.75,1.0,0.1,0.2,3.0,0.1,0.5,0.625,0.03125"
+    row = b"3,0.75,1.0,0.75,0.25,0.1,0.2,3.0,0.1,0.5,0.625,0.03125"
     for length in range(len(row) + 1):
         path.write_bytes(whole + row[:length])
         assert [line["step"] for line in read_history(path)] == ["1", "2"], row[:length]
