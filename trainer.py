@@ -25,7 +25,7 @@ from utils.checkpoints import TrainingState
 from utils.config import Config, parse_config
 from utils.ema import MovingAverage
 from utils.engine import build_accelerator, clip_gradients, engine_name
-from utils.errors import InputError, InterruptedRunError, run_command
+from utils.errors import InputError, InterruptedRunError, keep_until_exit, run_command
 from utils.evaluation import evaluate
 from utils.metrics import best_threshold, summarise
 from utils.monitor import TrainingMonitor
@@ -308,7 +308,8 @@ def main() -> None:
     for found in (train, validation):
         accelerator.print(found if found else "validation: none, val_steps is null")
     set_seed(config.seed)
-    Trainer(config, accelerator, train, validation, stop).train()
+    trainer = keep_until_exit(Trainer(config, accelerator, train, validation, stop))
+    trainer.train()
 
 
 if __name__ == "__main__":

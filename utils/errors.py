@@ -6,11 +6,16 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from typing import Any, TypeVar
+
+Kept = TypeVar("Kept")
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_SIGINT = 130
 EXIT_SIGTERM = 143
+
+_kept: list[Any] = []
 
 FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -59,11 +64,21 @@ def first_line(error: Exception, limit: int = 200) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:limit]
 
 
+def keep_until_exit(value: Kept) -> Kept:
+    """Returns a value that outlives the command's `main`.
+
+    Engines' objects wait for other processes when they are destroyed, and these may have left by then.
+    """
+    _kept.append(value)
+    return value
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Runs a command's `main` and exits the process with its code; known errors become one line on stderr."""
     try:
         code = main() or 0
     except CommandError as error:
+        keep_until_exit(error)  # its traceback holds what `main` held
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         code = error.exit_code
     except KeyboardInterrupt:
