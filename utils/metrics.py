@@ -31,6 +31,7 @@ from utils.protocols import (
     score_translab,
     summarise_glass,
     summarise_translab,
+    threshold_counts,
 )
 
 PROTOCOL = (
@@ -105,8 +106,7 @@ def iou_curve(soft: NDArray[np.uint8], truth: NDArray[np.bool_]) -> NDArray[np.f
     Returns:
         (256,): entry k is that of the pixels of at least k; an empty truth with an empty mask scores 1.
     """
-    glass, pixels = np.bincount(soft[truth], minlength=256), np.bincount(soft.ravel(), minlength=256)
-    hits, claimed = (counts[::-1].cumsum()[::-1] for counts in (glass, pixels))
+    hits, claimed = threshold_counts(soft, truth)
     union = claimed + int(truth.sum()) - hits
     return np.where(union > 0, hits / np.maximum(union, 1), 1.0)
 

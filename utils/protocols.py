@@ -49,9 +49,7 @@ def score_glass(soft: NDArray[np.uint8], truth: NDArray[np.bool_]) -> GlassRecor
         ValueError: if the shapes differ.
     """
     _check_shapes(soft, truth)
-    # Pixels by their value, those of glass apart: what exceeds a threshold is a sum from the top.
-    glass, all_pixels = np.bincount(soft[truth], minlength=THRESHOLDS), np.bincount(soft.ravel(), minlength=THRESHOLDS)
-    hits, predicted = (counts[::-1].cumsum()[::-1].astype(np.float64) for counts in (glass, all_pixels))
+    hits, predicted = (counts.astype(np.float64) for counts in threshold_counts(soft, truth))
     positives, total = float(truth.sum()), float(truth.size)
     half = 128  # the smallest value that is at least one half
     true_positives, claimed = hits[half], predicted[half]
@@ -68,6 +66,17 @@ def score_glass(soft: NDArray[np.uint8], truth: NDArray[np.bool_]) -> GlassRecor
         precision=(hits + F_BETA_EPSILON) / (predicted + F_BETA_EPSILON),
         recall=(hits + F_BETA_EPSILON) / (positives + F_BETA_EPSILON),
     )
+
+
+def threshold_counts(soft: NDArray[np.uint8], truth: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Returns how many pixels of glass, and how many at all, are at least k, for each k of 0 to 255; both (256,).
+
+    Args:
+        soft: (H, W), uint8.
+        truth: (H, W), bool.
+    """
+    glass, pixels = np.bincount(soft[truth], minlength=THRESHOLDS), np.bincount(soft.ravel(), minlength=THRESHOLDS)
+    return glass[::-1].cumsum()[::-1], pixels[::-1].cumsum()[::-1]
 
 
 def summarise_glass(records: Sequence[GlassRecord]) -> dict[str, float]:
