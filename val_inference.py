@@ -56,6 +56,8 @@ def main() -> None:
     checkpoint = checkpoints.find_checkpoint(config.output_dir, config.load_checkpoint, "load_checkpoint")
     trained = checkpoints.read_config(checkpoint)
     check_flags(config, flags, trained, checkpoint)
+    settings = {name: getattr(config, name) for name in ("denoise_steps", "ensemble_size", "tta")}
+    settings["threshold"] = checkpoints.chosen_threshold(config, checkpoint)
     found = scan(
         config.dataset_name,
         config.dataset_path,
@@ -85,8 +87,6 @@ def main() -> None:
         except OSError as error:
             raise InputError(f"{partial.parent}: cannot be written ({error.strerror}); check output_dir") from error
     accelerator.wait_for_everyone()
-    settings = {name: getattr(config, name) for name in ("denoise_steps", "ensemble_size", "tta")}
-    settings["threshold"] = checkpoints.chosen_threshold(config, checkpoint)
     try:
         with BackgroundPngWriter(partial) as write:
             scores, _ = evaluate(

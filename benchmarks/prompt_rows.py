@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompt = with_zero_rows(load_prompt(arguments.base_model_path)).to(device)
     change = relative_change(load_transformer(base).to(device).eval(), latents, prompt)
     record = {
-        "command": " ".join(["python -m benchmarks.prompt_rows", *(argv or [])]),
+        "command": " ".join(["python -m benchmarks.prompt_rows", *(sys.argv[1:] if argv is None else argv)]),
         "machine": machine(),
         "rows": prompt.prompt_embeds.shape[1],
         "zero_rows": prompt.prompt_embeds.shape[1] - prompt.without_zero_rows().prompt_embeds.shape[1],

@@ -192,18 +192,19 @@ def score_folders(predictions: Path, truths: Path, protocols: Sequence[str]) -> 
         if soft.shape != truth.shape:
             soft = np.array(Image.fromarray(soft).resize(truth.shape[::-1], Image.Resampling.BILINEAR))
         mask = soft >= 128
-        per_image.append(score_picture(np.repeat(soft[..., None], 3, axis=2), mask, truth > 0, name))
-        boundaries.append(boundary_iou(mask, truth > 0))
+        if "per_image" in protocols:
+            per_image.append(score_picture(np.repeat(soft[..., None], 3, axis=2), mask, truth > 0, name))
+            boundaries.append(boundary_iou(mask, truth > 0))
         if "glass" in protocols:
             glass.append(score_glass(soft, truth > 0))
-    results: dict[str, dict[str, Any]] = {
-        "per_image": {**summarise(per_image), "boundary_iou": round(float(np.mean(boundaries)), DECIMALS)}
-    }
+    results: dict[str, dict[str, Any]] = {}
+    if per_image:
+        results["per_image"] = {**summarise(per_image), "boundary_iou": round(float(np.mean(boundaries)), DECIMALS)}
     if glass:
         results["glass"] = summarise_glass(glass)
     if translab:
         results["translab"] = dict(summarise_translab(translab))
-    return {name: results[name] for name in PROTOCOLS if name in protocols}
+    return results
 
 
 def _match(predictions: Path, truths: Path) -> dict[str, tuple[Path, Path]]:
