@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from dataset.sampling import BatchStream, resumed_batch
 from dataset.trans10k import LAYOUTS, PairDataset, Scan, collate, prepare_worker, scan
+from models.attention import use_plain_attention
 from models.base import DTYPES, load_prompt, load_vae, resolve_base
 from models.latents import LatentBatches, cut_and_mix
 from models.losses import weighted_losses
@@ -158,10 +160,10 @@ class Trainer:
             self.transformer, batch["image_latents"], batch["mask_latents"], self.prompt, generators
         )
         weights = (self.config.latent_loss_weight, self.config.pixel_loss_weight, self.config.edge_weight)
-        with (
-            self.accelerator.autocast()
-        ):  # the mask decoder is called beside the transformer, which engines cast by themselves
-            return weighted_losses(estimate, batch["label"], self.pipeline.read_logits, *weights)
+        read_logits = partial(self.pipeline.read_logits, features=batch["features"])
+        # The mask decoder is called beside the transformer, which engines cast by themselves.
+        with self.accelerator.autocast():
+            return weighted_losses(estimate, batch["label"], read_logits, *weights)
 
     def _validate(self) -> None:
         """Scores the validation split; a new best checkpoint is saved at once."""
@@ -218,7 +220,9 @@ class Trainer:
             vae.enable_gradient_checkpointing()
         if config.drop_zero_prompt_rows:
             self.prompt = self.prompt.without_zero_rows()
-        self.transformer = build_trainable(config, base, self.resumed, self.prompt)
+        self.transformer = build_trainable(config, base, self.resumed, self.prompt, vae)
+        if device.type == "cpu" and not config.compile:
+            use_plain_attention(self.transformer)
         # What validation calls also holds the formulas that training uses.
         parts = (self.transformer, vae, self.prompt, mask_decoder_of(self.transformer))
         self.pipeline = checkpoints.build_pipeline(config, base, *parts)
@@ -252,6 +256,11 @@ class Trainer:
     def _load_data(self, train: Scan, validation: Scan | None) -> None:
         config, reader = self.config, LAYOUTS[self.config.dataset_name].read_label
         if config.latent_cache == "disk":
+            if self.pipeline.mask_decoder is not None and self.pipeline.mask_decoder.takes_features:
+                raise InputError(
+                    "latent_cache: disk keeps no features of the pictures, which this mask decoder takes; set latent_cache: off, "
+                    "or mask_decoder_path to one trained without --lateral"
+                )
             data: Any = cached_latents(config, train.pairs, self.pipeline, self.accelerator, self.stop.noticed)
             if config.mask_decoder == "light" or not config.pixel_loss_weight:
                 self.pipeline.vae.to("cpu")  # until validation

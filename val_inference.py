@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from dataset.trans10k import LAYOUTS, PairDataset, scan
+from models.attention import use_plain_attention
 from models.base import DTYPES, check_resolution
 from models.pipeline import TransparencySegmentationPipeline
 from models.prompt import EmptyPrompt
@@ -76,6 +77,8 @@ def main() -> None:
         )
     check_resolution(resolution, pipeline.transformer)
     pipeline.to(accelerator.device)
+    if accelerator.device.type == "cpu" and not config.compile:
+        use_plain_attention(pipeline.transformer)
 
     step = checkpoints.read_state(checkpoint).global_step
     final = Path(config.output_dir) / "mask_predictions" / f"test_{config.test_difficulty}_{step}"

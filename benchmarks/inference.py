@@ -14,10 +14,11 @@ from benchmarks.subjects import SIZES, build_prompt, build_vae, matrix_rate, syn
 from benchmarks.training import chosen, parse, release, report
 from models.base import DTYPES, compile_vae
 from models.folding import fold
-from models.latents import LatentCodec
+from models.latents import LatentCodec, feature_channels
 from models.mask_decoder import LightMaskDecoder
 from models.objectives import EndToEnd
 from models.trainable import compile_blocks
+from utils.engine import keep_freed_memory
 from utils.errors import run_command
 
 
@@ -33,6 +34,7 @@ class Way:
         without_zero_rows: of the prompt.
         compiled: transformer and VAE through torch.compile.
         light: masks are read by the light decoder instead of the VAE's.
+        lateral: which takes the VAE encoder's features.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Way:
     without_zero_rows: bool = False
     compiled: bool = False
     light: bool = False
+    lateral: bool = False
 
 
 _ALL = Way("all", batched=True, channels_last=True, folded=True, without_zero_rows=True)
@@ -51,6 +54,7 @@ WAYS = (
     Way("batched, channels last", batched=True, channels_last=True),
     replace(_ALL, name="batched, channels last, folded, without zero rows"),
     replace(_ALL, name="all of these, light mask decoder", light=True),
+    replace(_ALL, name="all of these, light mask decoder with features", light=True, lateral=True),
     replace(_ALL, name="all of these, compiled", compiled=True),
     replace(_ALL, name="all of these, compiled, light mask decoder", compiled=True, light=True),
 )
@@ -78,7 +82,8 @@ class Inference:
         if way.folded:
             transformer = fold(transformer, self.prompt, 1000.0)
         self.transformer = transformer.to(dtype).requires_grad_(False).eval()
-        self.decoder = LightMaskDecoder().to(device, dtype).eval() if way.light else None
+        laterals = feature_channels(self.vae) if way.lateral else []
+        self.decoder = LightMaskDecoder(lateral_channels=laterals).to(device, dtype).eval() if way.light else None
         if way.compiled:
             compile_blocks(self.transformer)
             compile_vae(self.vae)
@@ -89,20 +94,24 @@ class Inference:
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         """Returns decoded pixels (B, 3, H, W) or, from the light decoder, logits (B, H, W) of pictures in [-1, 1]."""
         codec = LatentCodec(self.vae)
-        decode = codec.decode if self.decoder is None else self.decoder
         groups = [images] if self.way.batched else list(images.split(1))
-        return torch.cat(
-            [
-                decode(self.objective.predict(self.transformer, codec.encode(group), self.prompt)).cpu()
-                for group in groups
-            ]
-        )
+        decoded = []
+        for group in groups:
+            condition, features = codec.encode_with_features(group) if self.way.lateral else (codec.encode(group), [])
+            latents = self.objective.predict(self.transformer, condition, self.prompt)
+            if self.decoder is None:
+                decoded.append(codec.decode(latents).cpu())
+            else:
+                decoded.append(self.decoder(latents, self.decoder.project(features)).cpu())
+        return torch.cat(decoded)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     arguments = parse(argv, __doc__ or "", 4)
     device, dtype = arguments.device, DTYPES[arguments.data_type]
+    if device.type == "cpu":
+        keep_freed_memory()  # as in val_inference.py, for every row
     ways = chosen(arguments.only, WAYS, "way")
     rate = matrix_rate(device, dtype)
     side = arguments.resolution

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 
+from models.attention import use_plain_attention
 from models.folding import fold
 from models.latents import LatentCodec
 from models.lora import add_lora
@@ -19,6 +20,7 @@ from models.prompt import EmptyPrompt
 from models.tiny_base import NUM_PROMPT_TOKENS, TRANSFORMER_CONFIG, VAE_CONFIG
 from models.trainable import compile_blocks, lower_precision
 from utils.config import Config
+from utils.errors import InputError
 from utils.optimizers import build_optimizer
 
 SD35_VAE: dict[str, Any] = {
@@ -66,6 +68,7 @@ class Recipe:
         weights: as the configuration's key.
         optimizer: as the configuration's key.
         trainable: as the configuration's key.
+        plain_attention: `models.attention`, which the trainer uses on a CPU.
     """
 
     name: str
@@ -77,6 +80,7 @@ class Recipe:
     weights: str = "fp32"
     optimizer: str = "adamw"
     trainable: str = "full"
+    plain_attention: bool = False
 
 
 PUBLISHED = Recipe("published")
@@ -89,6 +93,12 @@ RECIPES = (
     replace(_LEAN, name="folded"),
     replace(_CACHED, name="folded, latent cache"),
     replace(_CACHED, name="folded, latent cache, no checkpointing", gradient_checkpointing=False),
+    replace(
+        _CACHED,
+        name="folded, latent cache, no checkpointing, plain attention",
+        gradient_checkpointing=False,
+        plain_attention=True,
+    ),
     replace(_CACHED, name="folded, latent cache, compiled", compile=True),
     replace(
         _CACHED, name="folded, latent cache, compiled, no checkpointing", compile=True, gradient_checkpointing=False
@@ -127,6 +137,8 @@ class Training:
     """
 
     def __init__(self, recipe: Recipe, size: str, device: torch.device, dtype: torch.dtype) -> None:
+        if recipe.plain_attention and device.type != "cpu":
+            raise InputError("plain attention is for the CPU")
         self.recipe, self.device, self.dtype = recipe, device, dtype
         self.codec = None if recipe.latent_cache else LatentCodec(build_vae(size, device, dtype))
         prompt = build_prompt(size)
@@ -141,6 +153,8 @@ class Training:
             add_lora(transformer, 16, Config().lora_targets)
         if recipe.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
+        if recipe.plain_attention:
+            use_plain_attention(transformer)
         if recipe.compile:
             compile_blocks(transformer)
         self.transformer = transformer.train()

@@ -27,6 +27,7 @@ from dataset.sampling import BatchStream
 from dataset.trans10k import LAYOUTS, PairDataset, collate, prepare_worker, scan
 from models.base import DTYPES
 from models.latents import LatentCodec
+from utils.engine import keep_freed_memory
 from utils.errors import InputError, run_command
 from utils.provenance import machine
 
@@ -207,6 +208,8 @@ def release(device: torch.device) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     arguments = parse(argv, __doc__ or "", 4)
+    if arguments.device.type == "cpu":
+        keep_freed_memory()  # as in the trainer, for every row
     recipes, device = chosen(arguments.only, RECIPES, "recipe"), arguments.device
     rate = matrix_rate(device, DTYPES[arguments.data_type])
     rows: list[dict[str, Any]] = []

@@ -30,6 +30,7 @@ from dataset.sampling import BatchStream
 from dataset.trans10k import LAYOUTS, PairDataset, collate, scan
 from models.losses import segmentation_loss
 from utils.config import FIELDS, convert
+from utils.engine import keep_freed_memory
 from utils.errors import InputError, TrainingDivergedError, run_command
 from utils.metrics import score_picture, summarise
 from utils.report import format_table
@@ -115,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.out.open("a").close()  # finds out before the training, and keeps what is there
     except OSError as error:
         raise InputError(f"--out: {options.out} cannot be written ({error.strerror}); choose another file") from error
+    keep_freed_memory()  # as in the trainer
     torch.manual_seed(options.seed)
     model = UNet()
     pictures_seen, minutes = train(model, data["train"], options.minutes, options.batch_size, options.seed)

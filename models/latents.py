@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from utils.seeding import Stream, numpy_generator
 
 DOWNSCALE = 8
+NUM_FEATURES = 3  # resolutions above the latents'
 CUT_SIDES = (0.3, 0.7)  # of a rectangle, as a share of the picture's
 # The VAE's activations are its large part (about 1.5 GB for a picture of 1024 px in bf16), and a picture that size fills a GPU.
 PIXELS_PER_CALL = 4 * 1024 * 1024
@@ -52,6 +53,32 @@ class LatentCodec:
         ]
         return (torch.cat(modes).float().contiguous() - self.shift_factor) * self.scaling_factor
 
+    @torch.no_grad()
+    def encode_with_features(self, pixels: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Returns what `encode` does and, from the same pass, the VAE encoder's features at three resolutions, finest first.
+
+        The features are what the encoder's first three blocks hand on before they halve the resolution: (B, c, H/2^k, W/2^k)
+        for k = 0, 1, 2 and c of `feature_channels`, in the VAE's dtype.
+
+        Args:
+            pixels: as for `encode`.
+
+        Raises:
+            ValueError: if the shape is another.
+        """
+        blocks = [block.resnets[-1] for block in self.vae.encoder.down_blocks[:NUM_FEATURES]]
+        found: list[list[torch.Tensor]] = [[] for _ in blocks]
+        handles = [
+            block.register_forward_hook(lambda _module, _inputs, output, store=store: store.append(output))
+            for block, store in zip(blocks, found, strict=True)
+        ]
+        try:
+            latents = self.encode(pixels)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return latents, [torch.cat(chunks) for chunks in found]
+
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Returns the decoded pixels of `latents / scaling_factor + shift_factor`; gradients flow through.
 
@@ -70,13 +97,20 @@ class LatentCodec:
         return torch.cat(pixels)
 
 
+def feature_channels(vae: AutoencoderKL) -> list[int]:
+    """Returns the channels of the features of `LatentCodec.encode_with_features`."""
+    return list(vae.config.block_out_channels[:NUM_FEATURES])
+
+
 def cut_and_mix(batch: dict[str, Any], share: float, seed: int) -> dict[str, Any]:
     """Returns a batch in which a rectangle of some samples comes from the next sample (CutMix, arXiv 1905.04899).
 
-    Latents are cut, since the VAE's are local, and labels at the same place. Whether and where is drawn from (seed, epoch, index).
+    Latents are cut, since the VAE's are local, and features and labels at the same place. Whether and where is drawn from
+    (seed, epoch, index).
 
     Args:
-        batch: with `image_latents` and `mask_latents` (B, C, h, w), `label` (B, 8h, 8w), and lists `epoch` and `index`.
+        batch: with `image_latents` and `mask_latents` (B, C, h, w), a list `features` of (B, c, ?h, ?w), `label` (B, 8h, 8w),
+            and lists `epoch` and `index`.
         share: of the samples that are mixed, in [0, 1].
         seed: of the run.
     """
@@ -89,21 +123,30 @@ def cut_and_mix(batch: dict[str, Any], share: float, seed: int) -> dict[str, Any
             rows, columns = (round(side * rng.uniform(*CUT_SIDES)) for side in (height, width))
             top, left = rng.integers(0, height - rows + 1), rng.integers(0, width - columns + 1)
             inside[number, top : top + rows, left : left + columns] = True
-    inside = inside.to(latents.device, non_blocking=True)
-    pixels = inside.repeat_interleave(DOWNSCALE, dim=1).repeat_interleave(DOWNSCALE, dim=2)
-    places = {"image_latents": inside[:, None], "mask_latents": inside[:, None], "label": pixels}
-    mixed = {name: torch.where(place, batch[name].roll(-1, dims=0), batch[name]) for name, place in places.items()}
-    return {**batch, **mixed}
+    inside = inside.to(latents.device, non_blocking=True)[:, None]
+
+    def mix(values: torch.Tensor) -> torch.Tensor:
+        factor = values.shape[-1] // width
+        place = inside.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+        return torch.where(place, values.roll(-1, dims=0), values)
+
+    mixed = {name: mix(batch[name]) for name in ("image_latents", "mask_latents")}
+    return {
+        **batch,
+        **mixed,
+        "features": [mix(each) for each in batch["features"]],
+        "label": mix(batch["label"][:, None])[:, 0],
+    }
 
 
 class LatentBatches:
-    """Batches with `image_latents` and `mask_latents`, float32, and `label` on the device, from pictures or cached latents.
+    """Batches with `image_latents` and `mask_latents`, float32, `features` and `label` on the device, from pictures or cached latents.
 
     On a GPU the next batch is copied and encoded on a stream of its own while the present one is trained on.
 
     Args:
         batches: with `label` (B, H, W) and `image` (B, 3, H, W) or both latents.
-        encode_images: pictures to latents.
+        encode_images: pictures to latents and a list of features.
         encode_labels: labels to latents.
         device: of the training.
     """
@@ -111,7 +154,7 @@ class LatentBatches:
     def __init__(
         self,
         batches: Iterable[dict[str, Any]],
-        encode_images: Callable[[torch.Tensor], torch.Tensor],
+        encode_images: Callable[[torch.Tensor], tuple[torch.Tensor, list[torch.Tensor]]],
         encode_labels: Callable[[torch.Tensor], torch.Tensor],
         device: torch.device,
     ) -> None:
@@ -132,8 +175,11 @@ class LatentBatches:
             # What follows on the main stream waits for the encoding; its memory is not reused before it is done.
             main = torch.cuda.current_stream(self.device)
             main.wait_stream(stream)
-            for name in ("image_latents", "mask_latents", "label"):
-                encoded[name].record_stream(main)
+            for tensor in (
+                *(encoded[name] for name in ("image_latents", "mask_latents", "label")),
+                *encoded["features"],
+            ):
+                tensor.record_stream(main)
             ahead = encoded
         if ahead is not None:
             yield ahead
@@ -142,13 +188,9 @@ class LatentBatches:
         rest = {name: value for name, value in batch.items() if name != "image"}
         rest["label"] = batch["label"].to(self.device, non_blocking=True)
         if "image_latents" in batch:
-            latents = {
-                name: rest[name].to(self.device, non_blocking=True).float()
-                for name in ("image_latents", "mask_latents")
-            }
-        else:
-            latents = {
-                "image_latents": self.encode_images(batch["image"]),
-                "mask_latents": self.encode_labels(rest["label"]),
-            }
-        return {**rest, **latents}
+            for name in ("image_latents", "mask_latents"):
+                rest[name] = batch[name].to(self.device, non_blocking=True).float()
+            return {**rest, "features": []}
+        image_latents, features = self.encode_images(batch["image"])
+        mask_latents = self.encode_labels(rest["label"])
+        return {**rest, "image_latents": image_latents, "mask_latents": mask_latents, "features": features}

@@ -1,7 +1,8 @@
 """A light mask decoder: predicted latents -> one channel of logits at full resolution, in place of the VAE's decoder.
 
 The VAE's decoder was made for pictures: it is most of the time of an inference, and where the prediction is unsure it answers
-with grey that no threshold reads well. This one is trained for the mask alone, with cross-entropy and Dice on its pixels.
+with grey that no threshold reads well. This one is trained for the mask alone, with cross-entropy and Dice on its pixels. With
+lateral input it sees the picture too, as the frozen VAE encoder's own features: the detail that latents lose.
 
 `python -m models.mask_decoder OUT` trains one on a data set's masks and the base's latents of them; a run then goes on training
 it together with the transformer (`mask_decoder: light`).
@@ -10,9 +11,9 @@ it together with the transformer (`mask_decoder: light`).
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -20,22 +21,22 @@ from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dataset.codecs import LabelReader, build_codec
+from dataset.codecs import build_codec
 from dataset.sampling import BatchStream
-from dataset.trans10k import LAYOUTS, Pair, prepare_worker, scan
-from dataset.transforms import flip, read_label
+from dataset.trans10k import LAYOUTS, PairDataset, collate, prepare_worker, scan
 from models.base import load_part, load_vae, resolve_base
-from models.latents import DOWNSCALE, LatentCodec
+from models.latents import LatentCodec, feature_channels
 from models.losses import segmentation_loss
 from utils.config import FIELDS, convert
 from utils.errors import InputError, run_command
-from utils.seeding import Stream, numpy_generator, torch_generator
+from utils.schedules import learning_rate_factor
+from utils.seeding import Stream, torch_generator
 
-GROUPS = 8  # of the group norm
-DETAIL_CHANNELS = 16  # at half the pixels' resolution
+GROUPS = 8  # of the group norms
+STAGE_CHANNELS = (48, 24, 12)  # at a quarter, half and all of the pixels' resolution
 WARM_UP_STEPS = 50
 MAX_NOISE = 0.5  # of the latents' standard deviation: predicted latents are never exact
 
@@ -54,88 +55,119 @@ class ResidualBlock(nn.Module):
         return x + self.second(F.silu(self.first(F.silu(self.norm(x)))))
 
 
+class Stage(nn.Module):
+    """Doubles the resolution by a sub-pixel convolution (arXiv 1609.05158), adds the lateral input and mixes.
+
+    Args:
+        in_channels: of what comes from the stage before.
+        channels: of the result.
+        lateral_channels: of the picture's features at this resolution, 0 if none come.
+    """
+
+    def __init__(self, in_channels: int, channels: int, lateral_channels: int) -> None:
+        super().__init__()
+        self.enlarge = nn.Conv2d(in_channels, 4 * channels, 1)
+        self.lateral = nn.Conv2d(lateral_channels, channels, 1) if lateral_channels else None
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """Turns the VAE's features (B, lateral_channels, H, W), any float dtype and scale, into the lateral input."""
+        assert self.lateral is not None
+        # Without scale and bias, which the convolution has.
+        return self.lateral(F.group_norm(features, GROUPS).to(self.lateral.weight))
+
+    def forward(self, x: torch.Tensor, lateral: torch.Tensor | None) -> torch.Tensor:
+        """(B, in_channels, h, w) and, if any, (B, channels, 2h, 2w) -> (B, channels, 2h, 2w)."""
+        x = F.pixel_shuffle(self.enlarge(x), 2)
+        x = x if lateral is None else x + lateral
+        return x + self.second(F.silu(self.first(F.silu(x))))
+
+
 class LightMaskDecoder(ModelMixin, ConfigMixin):
-    """Nearly all of its work is done at the latents' resolution; pixels come from sub-pixel convolutions (arXiv 1609.05158).
+    """Most of its channels are at the latents' resolution; three narrow stages lead from there to pixels.
 
     Args:
         latent_channels: of the VAE.
         width: channels at the latents' resolution, a multiple of 8.
         num_blocks: residual blocks there.
+        lateral_channels: of the VAE encoder's features at all, half and a quarter of the pixels' resolution, where these are
+            its lateral input; empty where it sees latents alone.
     """
 
     config_name = "config.json"
 
     @register_to_config
-    def __init__(self, latent_channels: int = 16, width: int = 128, num_blocks: int = 2) -> None:
+    def __init__(
+        self, latent_channels: int = 16, width: int = 128, num_blocks: int = 2, lateral_channels: Sequence[int] = ()
+    ) -> None:
         super().__init__()
         self.entry = nn.Conv2d(latent_channels, width, 3, padding=1)
         self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(num_blocks)))
-        self.enlarge = nn.Conv2d(width, DETAIL_CHANNELS * (DOWNSCALE // 2) ** 2, 1)
-        self.detail = nn.Conv2d(DETAIL_CHANNELS, DETAIL_CHANNELS, 3, padding=1)
-        self.exit = nn.Conv2d(DETAIL_CHANNELS, 4, 3, padding=1)
+        inputs = (width, *STAGE_CHANNELS)
+        laterals = tuple(lateral_channels)[::-1] or (0,) * len(STAGE_CHANNELS)
+        self.stages = nn.ModuleList(map(Stage, inputs, STAGE_CHANNELS, laterals))
+        self.exit = nn.Conv2d(STAGE_CHANNELS[-1], 1, 3, padding=1)
 
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        """Turns latents (B, C, h, w), any float dtype, into logits of the mask (B, 8h, 8w), float32."""
+    @property
+    def takes_features(self) -> bool:
+        """Whether it has lateral input."""
+        return bool(self.config.lateral_channels)
+
+    def project(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Turns the VAE encoder's features, finest first, into lateral inputs: a tenth of their channels.
+
+        Args:
+            features: of `LatentCodec.encode_with_features`; empty for a decoder without lateral input.
+        """
+        return [cast(Stage, stage).project(each) for stage, each in zip(self.stages, reversed(features), strict=False)]
+
+    def forward(self, latents: torch.Tensor, laterals: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+        """Turns latents (B, C, h, w), any float dtype, and lateral inputs into logits of the mask (B, 8h, 8w), float32.
+
+        Raises:
+            ValueError: if lateral inputs are missing or too many.
+        """
+        if len(laterals) != len(self.config.lateral_channels):
+            raise ValueError(
+                f"{len(laterals)} lateral inputs for a decoder that takes {len(self.config.lateral_channels)}"
+            )
         x = self.blocks(self.entry(latents.to(self.entry.weight.dtype)))
-        x = F.pixel_shuffle(self.enlarge(x), DOWNSCALE // 2)  # (B, 16, 4h, 4w)
-        return F.pixel_shuffle(self.exit(F.silu(self.detail(x))), 2).squeeze(1).float()
+        for number, stage in enumerate(self.stages):
+            x = stage(x, laterals[number] if laterals else None)
+        return self.exit(F.silu(x)).squeeze(1).float()
 
 
-def load_mask_decoder(folder: Path, latent_channels: int, dtype: torch.dtype = torch.float32) -> LightMaskDecoder:
+def load_mask_decoder(folder: Path, vae: AutoencoderKL, dtype: torch.dtype = torch.float32) -> LightMaskDecoder:
     """Loads a decoder.
 
     Args:
         folder: that `save_pretrained` wrote.
-        latent_channels: that it must take.
+        vae: whose latents, and features if it has lateral input, it must take.
         dtype: of the weights.
 
     Raises:
         InputError: naming the folder, if it is missing or broken, or belongs to other latents.
     """
     decoder = load_part(LightMaskDecoder, folder.parent, folder.name, dtype)
-    if decoder.config.latent_channels != latent_channels:
-        raise InputError(
-            f"{folder}: a mask decoder for {decoder.config.latent_channels} latent channels, this base has {latent_channels}; "
-            "check mask_decoder_path"
-        )
+    for what, wanted, given in (
+        ("{} latent channels", decoder.config.latent_channels, vae.config.latent_channels),
+        ("VAE features of {} channels", list(decoder.config.lateral_channels), feature_channels(vae)),
+    ):
+        if wanted and wanted != given:
+            raise InputError(
+                f"{folder}: a mask decoder for {what.format(wanted)}, this base has {given}; check mask_decoder_path"
+            )
     return decoder
-
-
-class FlippedLabels(Dataset[torch.Tensor]):
-    """The masks of a split, flipped with probability one half; indexed by (epoch, index).
-
-    Args:
-        pairs: of the split.
-        reader: the layout's mask reader.
-        resolution: side in pixels.
-        seed: of the flips.
-    """
-
-    def __init__(self, pairs: Sequence[Pair], reader: LabelReader, resolution: int, seed: int) -> None:
-        self.pairs, self.reader, self.resolution, self.seed = pairs, reader, resolution, seed
-
-    def __len__(self) -> int:
-        """Returns the number of masks."""
-        return len(self.pairs)
-
-    def __getitem__(self, key: tuple[int, int]) -> torch.Tensor:
-        """Returns a label (H, W), uint8.
-
-        Raises:
-            InputError: naming the file that cannot be read.
-        """
-        epoch, index = key
-        label = read_label(self.pairs[index].mask_path, self.reader, self.resolution)
-        flipped = numpy_generator(Stream.AUGMENTATION, self.seed, epoch, index).random() < 0.5
-        return torch.from_numpy(flip(label) if flipped else label)
 
 
 def train(
     vae: AutoencoderKL,
-    data: FlippedLabels,
+    data: PairDataset,
     codec_name: str,
     *,
     width: int,
+    lateral: bool,
     steps: int,
     batch_size: int,
     peak_rate: float,
@@ -146,9 +178,10 @@ def train(
 
     Args:
         vae: frozen, on the device to train on.
-        data: masks.
+        data: pictures and masks; pictures are read, and not looked at, without lateral input.
         codec_name: a key of `dataset.codecs.CODECS`.
         width: of the decoder.
+        lateral: whether it takes the VAE encoder's features of the picture.
         steps: updates.
         batch_size: masks per update.
         peak_rate: of AdamW, after a warm-up of 50 updates and before a cosine decay.
@@ -160,21 +193,26 @@ def train(
     """
     set_seed(seed)
     codec, latent_codec = build_codec(codec_name), LatentCodec(vae)
-    decoder = LightMaskDecoder(int(vae.config.latent_channels), width).to(vae.device)
+    laterals = feature_channels(vae) if lateral else []
+    decoder = LightMaskDecoder(int(vae.config.latent_channels), width, lateral_channels=laterals).to(vae.device)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=peak_rate)
     stream = BatchStream(len(data), batch_size, seed, stop=steps)
-    loader = DataLoader(data, batch_sampler=stream, num_workers=num_workers, worker_init_fn=prepare_worker)
+    loader = DataLoader(
+        data, batch_sampler=stream, num_workers=num_workers, collate_fn=collate, worker_init_fn=prepare_worker
+    )
     losses: list[torch.Tensor] = []
     bar = tqdm(enumerate(loader), total=steps, desc="mask decoder", unit="update")
-    for step, labels in bar:
-        warm, decay = min(1.0, (step + 1) / WARM_UP_STEPS), (1 + math.cos(math.pi * step / steps)) / 2
-        optimizer.param_groups[0]["lr"] = peak_rate * warm * (0.02 + 0.98 * decay)
-        labels = labels.to(vae.device)
+    for step, batch in bar:
+        factor = learning_rate_factor(step, steps, WARM_UP_STEPS, "cosine", 0.5, 0.02)
+        optimizer.param_groups[0]["lr"] = peak_rate * factor
+        labels = batch["label"].to(vae.device)
         latents = latent_codec.encode(codec.encode(labels))
         generator = torch_generator(Stream.TRAINING_NOISE, seed, 2, step)
         strength = MAX_NOISE * torch.rand(len(latents), 1, 1, 1, generator=generator)
         noise = (strength * torch.randn(latents.shape, generator=generator)).to(latents.device)
-        loss = segmentation_loss(decoder(latents + noise * latents.std()), labels.float()).mean()
+        features = latent_codec.encode_with_features(batch["image"].to(vae.device) * 2 - 1)[1] if lateral else []
+        logits = decoder(latents + noise * latents.std(), decoder.project(features))
+        loss = segmentation_loss(logits, labels.float()).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -196,6 +234,9 @@ def main() -> None:
         parser.add_argument(f"--{name}", default=default, help=f"{FIELDS[name].metadata['meaning']} [{default}]")
     for name, number, meaning in (("width", 128, "channels"), ("steps", 600, "updates"), ("batch_size", 16, "masks")):
         parser.add_argument(f"--{name}", type=int, default=number, help=f"{meaning} [{number}]")
+    parser.add_argument(
+        "--lateral", action="store_true", help="with the VAE encoder's features of the picture as input"
+    )
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate [2e-3]")
     arguments = parser.parse_args()
     given = {name: convert(name, getattr(arguments, name), f"--{name}") for name in defaults}
@@ -210,9 +251,10 @@ def main() -> None:
     vae = load_vae(resolve_base(given["base_model_path"], ("vae",)), torch.float32)
     decoder = train(
         vae.to("cuda" if torch.cuda.is_available() else "cpu"),
-        FlippedLabels(pairs, layout.read_label, given["resolution"], given["seed"]),
+        PairDataset(pairs, layout.read_label, given["resolution"], augmentation_seed=given["seed"]),
         layout.codec,
         width=arguments.width,
+        lateral=arguments.lateral,
         steps=arguments.steps,
         batch_size=arguments.batch_size,
         peak_rate=arguments.lr,

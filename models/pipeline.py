@@ -127,25 +127,46 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         hook = getattr(self.vae, "_hf_hook", None)
         return torch.device(getattr(hook, "execution_device", None) or self.vae.device)
 
-    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns latents (B, C, H/8, W/8), float32, on the VAE's device, of pictures (B, 3, H, W) in [0, 1]."""
-        return self.latent_codec.encode(images.to(self.vae_device, non_blocking=True) * 2 - 1)
+    def encode_images(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Turns pictures into latents, and into the features that the mask decoder takes beside them.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+
+        Returns:
+            Latents (B, C, H/8, W/8), float32, and the features of `LatentCodec.encode_with_features`, an empty list where the
+            mask decoder takes none; on the VAE's device.
+        """
+        pixels = images.to(self.vae_device, non_blocking=True) * 2 - 1
+        if self.mask_decoder is not None and self.mask_decoder.takes_features:
+            return self.latent_codec.encode_with_features(pixels)
+        return self.latent_codec.encode(pixels), []
 
     def encode_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """Returns latents (B, C, H/8, W/8), float32, on the VAE's device, of labels (B, H, W), uint8."""
         return self.latent_codec.encode(self.codec.encode(labels.to(self.vae_device, non_blocking=True)))
 
-    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Returns pixels (B, 3, 8h, 8w), float32, about [-1, 1], of predicted latents (B, C, h, w); gradients flow through."""
+    def decode_latents(self, latents: torch.Tensor, laterals: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+        """Returns pixels (B, 3, 8h, 8w), float32, about [-1, 1], of predicted latents (B, C, h, w); gradients flow through.
+
+        Args:
+            latents: predicted.
+            laterals: of the mask decoder, if it takes any.
+        """
         if self.mask_decoder is None:
             return self.latent_codec.decode(latents)
-        return self.codec.encode(self.mask_decoder(latents).sigmoid())
+        return self.codec.encode(self.mask_decoder(latents, laterals).sigmoid())
 
-    def read_logits(self, latents: torch.Tensor) -> torch.Tensor:
-        """Returns logits of the mask (B, 8h, 8w), float32, of predicted latents (B, C, h, w); gradients flow through."""
+    def read_logits(self, latents: torch.Tensor, features: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+        """Returns logits of the mask (B, 8h, 8w), float32, of predicted latents (B, C, h, w); gradients flow through.
+
+        Args:
+            latents: predicted.
+            features: of `encode_images`.
+        """
         if self.mask_decoder is None:
             return self.codec.logits(self.latent_codec.decode(latents))
-        return self.mask_decoder(latents)
+        return self.mask_decoder(latents, self.mask_decoder.project(features))
 
     @torch.no_grad()
     def __call__(
@@ -225,7 +246,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         batch_size: int,
     ) -> torch.Tensor:
         """Returns the clamped decode of all members, (B x members, 3, H, W), a picture's one after the other, on the CPU."""
-        condition = torch.cat([self.encode_images(chunk) for chunk in images.split(batch_size)])
+        condition, laterals = self._encode_all(images, batch_size)
         # Members of all pictures in one row, cut into forward passes: the noise does not depend on where the cuts fall.
         owners = [picture for picture in range(len(images)) for _ in range(members)]
         pixels = []
@@ -234,8 +255,17 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
             latents = self.objective.predict(
                 self.transformer, condition[chunk], self.prompt, [generators[picture] for picture in chunk], steps
             )
-            pixels.append(self.decode_latents(latents).clamp(-1, 1).cpu())
+            pixels.append(self.decode_latents(latents, [each[chunk] for each in laterals]).clamp(-1, 1).cpu())
         return torch.cat(pixels)
+
+    def _encode_all(self, images: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Returns latents and lateral inputs of all pictures; the features that these come from are large and not kept."""
+        latents, laterals = [], []
+        for chunk in images.split(batch_size):
+            encoded, features = self.encode_images(chunk)
+            latents.append(encoded)
+            laterals.append(self.mask_decoder.project(features) if features else [])
+        return torch.cat(latents), [torch.cat(level) for level in zip(*laterals, strict=True)]
 
 
 def _resized(pictures: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 
-from dataset.trans10k import LAYOUTS, Pair, scan
+from dataset.trans10k import LAYOUTS, Pair, PairDataset, scan
 from dataset.transforms import read_image, read_label
 from models import flow, mask_decoder
 from models.base import MASK_DECODER, PROMPT_FILE_NAME, load_vae
@@ -28,6 +27,7 @@ from models.mask_decoder import LightMaskDecoder
 from models.objectives import call_transformer
 from models.prompt import EmptyPrompt
 from utils.errors import run_command
+from utils.schedules import learning_rate_factor
 from utils.seeding import Stream, torch_generator
 from utils.tensors import load_optimizer, save_optimizer
 
@@ -59,6 +59,7 @@ TRANSFORMER_CONFIG: dict[str, Any] = {
 }
 NUM_PROMPT_TOKENS = 2
 MASK_DECODER_WIDTH = 64
+WARM_UP_STEPS = 200
 SHIFT = 3.0  # of the scheduler, as in SD3.5
 NUM_VARIANTS = 8  # crops of each picture that the transformer is pretrained on
 KL_WEIGHT = 1e-4
@@ -105,10 +106,8 @@ def fit(
     last_save = last_log = time.monotonic()
     recent: list[torch.Tensor] = []
     for step in range(start, steps):
-        warm = min(1.0, (step + 1) / 200)
-        optimizer.param_groups[0]["lr"] = (
-            learning_rate * warm * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
-        )
+        factor = learning_rate_factor(step, steps, WARM_UP_STEPS, "cosine", 0.5, 0.02)
+        optimizer.param_groups[0]["lr"] = learning_rate * factor
         with torch.autocast(device.type, data_type, enabled=data_type != torch.float32):
             loss = loss_at(step)
         loss.backward()
@@ -219,7 +218,7 @@ def train_vae(
 
 
 def train_decoder(vae: AutoencoderKL, arguments: argparse.Namespace) -> LightMaskDecoder:
-    """Trains the light mask decoder on the masks of the data sets; takes minutes and keeps no state.
+    """Trains the light mask decoder on the pairs of the data sets; takes minutes and keeps no state.
 
     Args:
         vae: frozen.
@@ -229,9 +228,10 @@ def train_decoder(vae: AutoencoderKL, arguments: argparse.Namespace) -> LightMas
     pairs = [pair for root in arguments.data for pair in scan("trans10k", root, "train").pairs]
     return mask_decoder.train(
         vae,
-        mask_decoder.FlippedLabels(pairs, layout.read_label, arguments.resolution, arguments.seed),
+        PairDataset(pairs, layout.read_label, arguments.resolution, augmentation_seed=arguments.seed),
         layout.codec,
         width=MASK_DECODER_WIDTH,
+        lateral=True,
         steps=arguments.mask_decoder_steps,
         batch_size=2 * arguments.batch_size,
         peak_rate=2e-3,

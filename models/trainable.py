@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import AutoencoderKL, SD3Transformer2DModel
 
 from models.base import MASK_DECODER, check_prompt, check_resolution, load_transformer, widen_patch_projection
 from models.folding import fold, is_folded
@@ -23,7 +23,9 @@ from utils.errors import InputError
 ADAPTER_FOLDER_NAME = "adapter"
 
 
-def build_trainable(config: Config, base: Path, checkpoint: Path | None, prompt: EmptyPrompt) -> SD3Transformer2DModel:
+def build_trainable(
+    config: Config, base: Path, checkpoint: Path | None, prompt: EmptyPrompt, vae: AutoencoderKL
+) -> SD3Transformer2DModel:
     """Loads the transformer that a run trains, from its base or, to go on, from a checkpoint.
 
     Args:
@@ -31,6 +33,7 @@ def build_trainable(config: Config, base: Path, checkpoint: Path | None, prompt:
         base: the base model's folder.
         checkpoint: to go on from.
         prompt: the empty prompt.
+        vae: of the base.
 
     Raises:
         InputError: if base, prompt, objective and configuration do not fit each other.
@@ -52,7 +55,7 @@ def build_trainable(config: Config, base: Path, checkpoint: Path | None, prompt:
         if checkpoint is not None:
             load_lora(transformer, checkpoint / ADAPTER_FOLDER_NAME)
     if config.mask_decoder == "light":
-        decoder = load_mask_decoder(_find_mask_decoder(config, base, checkpoint), int(transformer.out_channels))
+        decoder = load_mask_decoder(_find_mask_decoder(config, base, checkpoint), vae)
         transformer.add_module(MASK_DECODER, decoder)  # small, so in fp32 whatever the weights are
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()

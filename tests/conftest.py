@@ -74,6 +74,7 @@ def write_base(folder: Path) -> Path:
     make_prompt().save_file(folder / PROMPT_FILE_NAME)
     torch.manual_seed(5)
     LightMaskDecoder(16, 8).save_pretrained(folder / "mask_decoder")
+    LightMaskDecoder(16, 8, lateral_channels=(8, 8, 8)).save_pretrained(folder / "lateral")
     return folder
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from models.latents import LatentCodec, cut_and_mix
+from models.latents import LatentCodec, cut_and_mix, feature_channels
 from tests.conftest import make_vae
 
 
@@ -77,6 +77,24 @@ def test_gradients_flow_through_decode_even_of_a_frozen_vae() -> None:
     assert latents.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("pixels_per_call", [1, 10**6])
+def test_features_are_what_the_encoder_hands_on_at_each_resolution(
+    monkeypatch: pytest.MonkeyPatch, pixels_per_call: int
+) -> None:
+    monkeypatch.setattr("models.latents.PIXELS_PER_CALL", pixels_per_call)
+    vae = make_vae()
+    latents, features = LatentCodec(vae).encode_with_features(pixels())
+    torch.testing.assert_close(latents, LatentCodec(vae).encode(pixels()))
+    assert [tuple(each.shape) for each in features] == [(2, 8, 16, 24), (2, 8, 8, 12), (2, 8, 4, 6)]
+    assert feature_channels(vae) == [8, 8, 8]
+    x = vae.encoder.conv_in(pixels())
+    for block, found in zip(vae.encoder.down_blocks, features, strict=False):
+        x = block.resnets[0](x, None)
+        torch.testing.assert_close(found, x)
+        x = block.downsamplers[0](x)
+    assert not any(block.resnets[-1]._forward_hooks for block in vae.encoder.down_blocks)
+
+
 def test_encoding_builds_no_graph() -> None:
     assert not LatentCodec(make_vae()).encode(pixels().requires_grad_()).requires_grad
 
@@ -100,7 +118,8 @@ def make_batch(count: int = 64) -> dict[str, Any]:
     number = torch.arange(count)
     latents = number.float().view(-1, 1, 1, 1).expand(-1, 2, 10, 20)
     labels = number.to(torch.uint8).view(-1, 1, 1).expand(-1, 80, 160)
-    batch = {"image_latents": latents, "mask_latents": -latents, "label": labels}
+    features = [latents.repeat_interleave(factor, 2).repeat_interleave(factor, 3) for factor in (8, 2)]
+    batch = {"image_latents": latents, "mask_latents": -latents, "label": labels, "features": features}
     return {**batch, "epoch": [3] * count, "index": list(range(count))}
 
 
@@ -114,6 +133,8 @@ def test_cutmix_takes_one_rectangle_of_the_next_sample_at_the_same_place_everywh
         assert (image[0][foreign] == (number + 1) % 64).all()
         assert torch.equal(mask, -image)
         assert torch.equal(label, image[0].to(torch.uint8).repeat_interleave(8, 0).repeat_interleave(8, 1))
+        for feature, factor in zip(mixed["features"], (8, 2), strict=True):
+            assert torch.equal(feature[number], image.repeat_interleave(factor, 1).repeat_interleave(factor, 2))
         rows, columns = foreign.any(dim=1).sum().item(), foreign.any(dim=0).sum().item()
         assert rows * columns == foreign.sum().item()  # a rectangle
         assert 3 <= rows <= 7

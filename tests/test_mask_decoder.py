@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,14 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.subjects import SD35_VAE
 from dataset.codecs import build_codec
-from dataset.trans10k import LAYOUTS, scan
-from dataset.transforms import flip, read_label
+from dataset.trans10k import LAYOUTS, PairDataset, scan
 from models.base import load_vae
-from models.latents import LatentCodec
-from models.mask_decoder import FlippedLabels, LightMaskDecoder, load_mask_decoder, train
+from models.latents import LatentCodec, feature_channels
+from models.mask_decoder import LightMaskDecoder, load_mask_decoder, train
 from models.pipeline import TransparencySegmentationPipeline
 from models.trainable import build_trainable, check_settings
-from tests.conftest import RESOLUTION, ROOT, Launch, arguments_of, environment, make_prompt, write_base
+from tests.conftest import RESOLUTION, ROOT, Launch, arguments_of, environment, make_prompt, make_vae, write_base
 from utils.checkpoints import export, load_pipeline
 from utils.config import Config
 from utils.errors import InputError
@@ -34,14 +34,18 @@ READER = LAYOUTS["trans10k"].read_label
 LIGHT = {"mask_decoder": "light", "pixel_loss_weight": 1.0, "latent_loss_weight": 0.2}
 
 
-def test_it_is_small_and_costs_less_than_a_fiftieth_of_the_vaes_decoder() -> None:
-    decoder = LightMaskDecoder()
+@pytest.mark.parametrize("lateral", [False, True])
+def test_it_is_small_and_costs_less_than_a_fiftieth_of_the_vaes_decoder(lateral: bool) -> None:
+    with torch.device("meta"):
+        vae = AutoencoderKL(**SD35_VAE)
+        decoder = LightMaskDecoder(lateral_channels=feature_channels(vae) if lateral else ())
+        latents = torch.zeros(1, 16, 32, 32)  # both grow alike with the pixels, but for the VAE's attention
+        features = [torch.zeros(1, c, 256 >> k, 256 >> k) for k, c in enumerate(decoder.config.lateral_channels)]
     assert decoder.num_parameters() < 3e6
-    latents = torch.zeros(1, 16, 32, 32, device="meta")  # both grow alike with the pixels, but for the VAE's attention
     with FlopCounterMode(display=False) as light:
-        assert decoder.to("meta")(latents).shape == (1, 256, 256)
-    with FlopCounterMode(display=False) as whole, torch.device("meta"):
-        AutoencoderKL(**SD35_VAE).decoder(latents)
+        assert decoder(latents, decoder.project(features)).shape == (1, 256, 256)
+    with FlopCounterMode(display=False) as whole:
+        vae.decoder(latents)
     assert light.get_total_flops() * 50 < whole.get_total_flops()
 
 
@@ -54,49 +58,63 @@ def test_a_picture_is_read_alike_alone_and_in_a_batch() -> None:
     assert decoder.half()(latents.half()).dtype == torch.float32
 
 
-def test_labels_are_flipped_about_every_second_time(trans10k: Path) -> None:
-    pairs = scan("trans10k", trans10k, "train").pairs
-    data = FlippedLabels(pairs, READER, RESOLUTION, seed=1)
-    label = torch.from_numpy(read_label(pairs[2].mask_path, READER, RESOLUTION))
-    mirrored = torch.from_numpy(flip(label.numpy()).copy())
-    assert not label.equal(mirrored)
-    drawn = [data[epoch, 2] for epoch in range(40)]
-    assert {True, False} == {each.equal(label) for each in drawn}
-    assert all(each.equal(label) or each.equal(mirrored) for each in drawn)
-    assert all(data[epoch, 2].equal(each) for epoch, each in enumerate(drawn))
+def test_lateral_input_counts_and_must_be_there() -> None:
+    decoder = LightMaskDecoder(16, 8, lateral_channels=(8, 8, 8)).eval()
+    latents = torch.zeros(2, 16, 4, 4)
+    generator = torch.Generator().manual_seed(0)
+    features = [torch.randn(2, 8, 32 >> k, 32 >> k, generator=generator) for k in range(3)]
+    logits = decoder(latents, decoder.project(features))
+    for level in range(3):  # each level reaches the mask, and the scale of the VAE's activations does not matter
+        changed = [each * 0 if k == level else each for k, each in enumerate(features)]
+        assert not decoder(latents, decoder.project(changed)).allclose(logits)
+    scaled = decoder(latents, decoder.project([100 * each for each in features]))
+    torch.testing.assert_close(scaled, logits, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="0 lateral inputs for a decoder that takes 3"):
+        decoder(latents)
+    with pytest.raises(ValueError, match="3 lateral inputs for a decoder that takes 0"):
+        LightMaskDecoder(16, 8)(latents, decoder.project(features))
 
 
-def test_alone_it_learns_to_read_masks_from_their_latents() -> None:
+@pytest.mark.parametrize("lateral", [False, True])
+def test_alone_it_learns_to_read_masks_from_their_latents(lateral: bool) -> None:
     vae = load_vae(ROOT / "assets" / "tiny_sd3", torch.float32)
     pairs = scan("trans10k", ROOT / "assets" / "glass_sample", "train").pairs[:32]
-    data = FlippedLabels(pairs, READER, 64, seed=0)
-    decoder = train(vae, data, "binary", width=32, steps=120, batch_size=8, peak_rate=3e-3, seed=0)
-    labels = torch.stack([data[0, index] for index in range(32)])
-    with torch.no_grad():
-        found = decoder(LatentCodec(vae).encode(build_codec("binary").encode(labels))) > 0
-    wrong = (found != (labels == 1)).float().mean().item()
-    assert wrong < 0.03  # a decoder that answers "nothing" is wrong on about a third
+    data = PairDataset(pairs, READER, 64, augmentation_seed=0)
+    settings = {"width": 32, "steps": 120, "batch_size": 8, "peak_rate": 3e-3, "seed": 0}
+    decoder = train(vae, data, "binary", lateral=lateral, **settings)
+    wrong = [share_of_wrong_pixels(vae, decoder, data[0, index]) for index in range(32)]
+    assert sum(wrong) / 32 < 0.03  # a decoder that answers "nothing" is wrong on about a third
+
+
+@torch.no_grad()
+def share_of_wrong_pixels(vae: AutoencoderKL, decoder: LightMaskDecoder, sample: dict[str, Any]) -> float:
+    """Of a true mask that goes through its latents."""
+    codec, label = LatentCodec(vae), sample["label"][None]
+    latents = codec.encode(build_codec("binary").encode(label))
+    features = codec.encode_with_features(sample["image"][None] * 2 - 1)[1] if decoder.takes_features else []
+    return ((decoder(latents, decoder.project(features)) > 0) != (label == 1)).float().mean().item()
 
 
 def test_the_tiny_base_brings_one_that_reads_unseen_masks() -> None:
     base = ROOT / "assets" / "tiny_sd3"
-    vae, decoder = load_vae(base, torch.float32), load_mask_decoder(base / "mask_decoder", 16)
-    pairs = scan("trans10k", ROOT / "assets" / "glass_sample", "test", limit=24).pairs
-    labels = torch.stack([torch.from_numpy(read_label(pair.mask_path, READER, 128)) for pair in pairs])
-    with torch.no_grad():
-        found = decoder(LatentCodec(vae).encode(build_codec("binary").encode(labels))) > 0
-    truth = labels == 1
-    both, either = (found & truth).sum((1, 2)), (found | truth).sum((1, 2))
-    assert torch.where(either > 0, both / either.clamp(min=1), 1.0).mean() > 0.98
+    vae = load_vae(base, torch.float32)
+    decoder = load_mask_decoder(base / "mask_decoder", vae)
+    data = PairDataset(scan("trans10k", ROOT / "assets" / "glass_sample", "test", limit=24).pairs, READER, 128)
+    wrong = [share_of_wrong_pixels(vae, decoder, data[0, index]) for index in range(24)]
+    assert sum(wrong) / 24 < 0.005
 
 
 @pytest.mark.parametrize(
-    "way", [{}, {"objective": "diffusion"}, {"latent_cache": "disk", "cutmix": 0.5}, {"ema_decay": 0.9}]
+    ("part", "way"),
+    [
+        ("mask_decoder", {"latent_cache": "disk", "cutmix": 0.5, "ema_decay": 0.9}),
+        ("lateral", {"objective": "diffusion", "cutmix": 0.5, "tta": "flip"}),
+    ],
 )
 def test_it_is_trained_saved_resumed_scored_and_exported(
-    way: dict[str, object], base: Path, flags: dict[str, object], launch: Launch, tmp_path: Path
+    part: str, way: dict[str, object], base: Path, flags: dict[str, object], launch: Launch, tmp_path: Path
 ) -> None:
-    flags |= {**LIGHT, **way, "val_steps": 3}
+    flags |= {**LIGHT, **way, "val_steps": 3, "mask_decoder_path": base / part}
     launch("trainer.py", flags)
     whole, parts = tmp_path / "run", tmp_path / "parts"
     (parts / "checkpoints").mkdir(parents=True)
@@ -104,7 +122,7 @@ def test_it_is_trained_saved_resumed_scored_and_exported(
     launch("trainer.py", {**flags, "output_dir": parts, "resume_from_checkpoint": "latest"})
     weights = "checkpoints/checkpoint-6/mask_decoder/diffusion_pytorch_model.safetensors"
     left, right = load_file(whole / weights), load_file(parts / weights)
-    start = load_file(base / "mask_decoder" / "diffusion_pytorch_model.safetensors")
+    start = load_file(base / part / "diffusion_pytorch_model.safetensors")
     assert left.keys() == right.keys() == start.keys()
     assert all(left[name].equal(right[name]) for name in left)
     assert all(not left[name].equal(start[name]) for name in left)  # all of it is trained
@@ -118,9 +136,8 @@ def test_it_is_trained_saved_resumed_scored_and_exported(
     # What was scored while training and what the checkpoint gives later are one thing.
     done = launch("val_inference.py", {**flags, "load_checkpoint": "best"})
     assert "mix" in done.stdout
-    if not way:
-        done = launch("val_inference.py", {**flags, "load_checkpoint": "best", "mask_decoder": "vae"}, check=2)
-        assert "--mask_decoder vae: the checkpoint was trained with light" in done.stderr
+    done = launch("val_inference.py", {**flags, "load_checkpoint": "best", "mask_decoder": "vae"}, check=2)
+    assert "--mask_decoder vae: the checkpoint was trained with light" in done.stderr
     checkpoint = export(whole, tmp_path / "exported", name="checkpoint-6")
     images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     expected = load_pipeline(checkpoint, torch.float32)(images)
@@ -155,10 +172,17 @@ def test_settings_at_odds_are_refused(changes: dict[str, object], message: str) 
         check_settings(replace(Config(), **changes))
 
 
+def test_a_latent_cache_without_the_features_is_refused(flags: dict[str, object], base: Path, launch: Launch) -> None:
+    done = launch(
+        "trainer.py", {**flags, **LIGHT, "mask_decoder_path": base / "lateral", "latent_cache": "disk"}, check=2
+    )
+    assert "latent_cache: disk keeps no features of the pictures" in done.stderr
+
+
 def test_a_decoder_that_is_not_there_is_named(base: Path) -> None:
     config = replace(Config(), resolution=32, mask_decoder_path="/nowhere/decoder", **LIGHT)
     with pytest.raises(InputError, match="/nowhere/decoder: cannot be loaded as LightMaskDecoder"):
-        build_trainable(config, base, None, make_prompt())
+        build_trainable(config, base, None, make_prompt(), make_vae())
 
 
 def test_a_base_without_one_says_how_to_train_it(tmp_path: Path) -> None:
@@ -166,14 +190,26 @@ def test_a_base_without_one_says_how_to_train_it(tmp_path: Path) -> None:
     shutil.rmtree(folder / "mask_decoder")
     config = replace(Config(), resolution=32, **LIGHT)
     with pytest.raises(InputError, match=r"has no light one; train one with `python -m models\.mask_decoder OUT"):
-        build_trainable(config, folder, None, make_prompt())
+        build_trainable(config, folder, None, make_prompt(), make_vae())
 
 
-def test_a_decoder_for_other_latents_is_refused(base: Path, tmp_path: Path) -> None:
-    LightMaskDecoder(4, 8).save_pretrained(tmp_path / "decoder")
+@pytest.mark.parametrize(
+    ("decoder", "message"),
+    [
+        (LightMaskDecoder(4, 8), "a mask decoder for 4 latent channels, this base has 16"),
+        (
+            LightMaskDecoder(16, 8, lateral_channels=(16, 32, 64)),
+            r"a mask decoder for VAE features of \[16, 32, 64\] channels, this base has \[8, 8, 8\]",
+        ),
+    ],
+)
+def test_a_decoder_for_another_base_is_refused(
+    decoder: LightMaskDecoder, message: str, base: Path, tmp_path: Path
+) -> None:
+    decoder.save_pretrained(tmp_path / "decoder")
     config = replace(Config(), resolution=32, mask_decoder_path=str(tmp_path / "decoder"), **LIGHT)
-    with pytest.raises(InputError, match="a mask decoder for 4 latent channels, this base has 16"):
-        build_trainable(config, base, None, make_prompt())
+    with pytest.raises(InputError, match=message):
+        build_trainable(config, base, None, make_prompt(), make_vae())
 
 
 def run_module(*options: object) -> subprocess.CompletedProcess[str]:

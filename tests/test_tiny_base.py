@@ -39,7 +39,8 @@ def test_a_base_is_built_and_the_ordinary_code_loads_it(tmp_path: Path, monkeypa
     data = write_trans10k(tmp_path / "data", train=4, validation=1, test=1)
     out = tmp_path / "base"
     build(out, data, monkeypatch, "--vae_steps", "2", "--mask_decoder_steps", "2", "--transformer_steps", "2")
-    assert load_mask_decoder(out / "mask_decoder", 16).config.width == 64
+    decoder = load_mask_decoder(out / "mask_decoder", load_vae(out, torch.float32))
+    assert decoder.takes_features
     vae, transformer = load_vae(out, torch.float32), load_transformer(out)
     assert load_scheduler(out).config.shift == 3.0
     assert transformer.config.in_channels == vae.config.latent_channels == 16

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from models.pipeline import TransparencySegmentationPipeline
 from models.trainable import build_trainable, check_settings, load_trained
-from tests.conftest import Launch, make_prompt
+from tests.conftest import Launch, make_prompt, make_vae
 from tests.test_training import WEIGHTS
 from utils.checkpoints import export, load_pipeline
 from utils.config import Config
@@ -172,7 +172,8 @@ def test_settings_at_odds_are_refused(changes: dict[str, object], message: str) 
 def test_weights_in_bf16_keep_folded_vectors_in_fp32(base: Path) -> None:
     config = replace(Config(), resolution=32, weights="bf16", fold_conditioning=True)
     dtypes = {
-        name: value.dtype for name, value in build_trainable(config, base, None, make_prompt()).named_parameters()
+        name: value.dtype
+        for name, value in build_trainable(config, base, None, make_prompt(), make_vae()).named_parameters()
     }
     kept = {name for name, dtype in dtypes.items() if dtype == torch.float32}
     assert kept == {name for name in dtypes if name.endswith(".vector") or ".rows." in name}

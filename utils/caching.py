@@ -52,7 +52,7 @@ def cached_latents(
     fill(
         cache,
         LAYOUTS[config.dataset_name].read_label,
-        pipeline.encode_images,
+        lambda images: pipeline.encode_images(images)[0],
         pipeline.encode_labels,
         batch_size=config.test_batch_size,
         num_workers=config.dataloader_num_workers,

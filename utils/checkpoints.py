@@ -387,15 +387,15 @@ def load_pipeline(checkpoint: Path, dtype: torch.dtype, compiled: bool = False) 
     check_resolution(config.resolution, transformer)
     if compiled:
         compile_blocks(transformer)
+    vae = load_vae(base, dtype, compiled)
     decoder = None
     if (checkpoint / MASK_DECODER).is_dir():
-        channels = int(transformer.out_channels)
-        decoder = load_mask_decoder(checkpoint / MASK_DECODER, channels, dtype).eval()
+        decoder = load_mask_decoder(checkpoint / MASK_DECODER, vae, dtype).eval()
     if config.threshold == "validation":
         best = read_best(checkpoint.parent.parent)
         known = best is not None and best["checkpoint"] == checkpoint.name
         config = replace(config, threshold=chosen_threshold(config, checkpoint) if known else DEFAULT_THRESHOLD)
-    return build_pipeline(config, base, transformer, load_vae(base, dtype, compiled), prompt, decoder)
+    return build_pipeline(config, base, transformer, vae, prompt, decoder)
 
 
 def export(run: Path, out: Path, name: str = "best", data_type: str = "fp32") -> Path:
