@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.subjects import SIZES, build_prompt, build_vae, matrix_rate, synchronise
 from benchmarks.training import chosen, parse, release, report
+from models.attention import use_plain_attention
 from models.base import DTYPES, compile_vae
 from models.folding import fold
 from models.latents import LatentCodec, feature_channels
@@ -35,6 +36,7 @@ class Way:
         compiled: transformer and VAE through torch.compile.
         light: masks are read by the light decoder instead of the VAE's.
         lateral: which takes the VAE encoder's features.
+        plain_attention: `models.attention`, on a CPU.
     """
 
     name: str
@@ -45,9 +47,10 @@ class Way:
     compiled: bool = False
     light: bool = False
     lateral: bool = False
+    plain_attention: bool = False
 
 
-_ALL = Way("all", batched=True, channels_last=True, folded=True, without_zero_rows=True)
+_ALL = Way("all", batched=True, channels_last=True, folded=True, without_zero_rows=True, plain_attention=True)
 WAYS = (
     Way("published"),
     Way("batched", batched=True),
@@ -84,6 +87,8 @@ class Inference:
         self.transformer = transformer.to(dtype).requires_grad_(False).eval()
         laterals = feature_channels(self.vae) if way.lateral else []
         self.decoder = LightMaskDecoder(lateral_channels=laterals).to(device, dtype).eval() if way.light else None
+        if device.type == "cpu" and way.plain_attention:
+            use_plain_attention(self.transformer)
         if way.compiled:
             compile_blocks(self.transformer)
             compile_vae(self.vae)
@@ -93,7 +98,7 @@ class Inference:
     @torch.no_grad()
     def predict(self, images: torch.Tensor) -> torch.Tensor:
         """Returns decoded pixels (B, 3, H, W) or, from the light decoder, logits (B, H, W) of pictures in [-1, 1]."""
-        codec = LatentCodec(self.vae)
+        codec = LatentCodec(self.vae, torch.channels_last if self.way.channels_last else torch.contiguous_format)
         groups = [images] if self.way.batched else list(images.split(1))
         decoded = []
         for group in groups:

@@ -5,17 +5,26 @@ Counted is what the allocator held at once, without the driver's own part (about
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import torch
 
-from benchmarks.subjects import RECIPES, Training
+from benchmarks.subjects import RECIPES, Recipe, Training
 from benchmarks.training import chosen, parse, release, report
 from models.base import DTYPES
 from models.latents import DOWNSCALE
 from utils.errors import InputError, run_command
 
 CARDS_GB = (8, 10, 12, 16, 24, 32, 40, 48, 80, 141)
+
+
+def peak_memory(recipe: Recipe, arguments: argparse.Namespace, batch: dict[str, torch.Tensor]) -> int:
+    """Returns the most bytes that a recipe allocated at once; its models are gone with the call, even if it fails."""
+    training = Training(recipe, arguments.size, arguments.device, DTYPES[arguments.data_type])
+    for _ in range(arguments.warmup):
+        training.step(batch)
+    return torch.cuda.max_memory_allocated(arguments.device)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,12 +45,8 @@ def main(argv: list[str] | None = None) -> None:
         release(device)
         torch.cuda.reset_peak_memory_stats(device)
         try:
-            training = Training(recipe, arguments.size, device, DTYPES[arguments.data_type])
-            for _ in range(arguments.warmup):
-                training.step(batch)
-            peak = torch.cuda.max_memory_allocated(device)
+            peak = peak_memory(recipe, arguments, batch)
             rows.append({"recipe": recipe.name, "peak_memory_bytes": peak})
-            del training
         except InputError as error:
             print(f"{recipe.name}: left out, {error}")
         except torch.OutOfMemoryError:

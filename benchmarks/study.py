@@ -56,7 +56,7 @@ VARIANTS = (
     Variant("VAE decoder, latent and pixel loss", {"mask_decoder": "vae"}),
     Variant("predicts velocity", {"prediction": "velocity"}),
     Variant("predicts residual", {"prediction": "residual"}),
-    Variant("cutmix", {"cutmix": 0.7}),
+    Variant("without cutmix", {"cutmix": 0.0}),
     Variant("edges weigh more", {"edge_weight": 4.0}),
     Variant("random transformer", random_transformer=True),
     Variant("diffusion", overlays=("configs/diffusion.yaml",)),

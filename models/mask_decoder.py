@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -36,7 +37,7 @@ from utils.schedules import learning_rate_factor
 from utils.seeding import Stream, torch_generator
 
 GROUPS = 8  # of the group norms
-STAGE_CHANNELS = (48, 24, 12)  # at a quarter, half and all of the pixels' resolution
+STAGE_CHANNELS = (32, 16, 12)  # at a quarter, half and all of the pixels' resolution
 WARM_UP_STEPS = 50
 MAX_NOISE = 0.5  # of the latents' standard deviation: predicted latents are never exact
 
@@ -72,10 +73,9 @@ class Stage(nn.Module):
         self.second = nn.Conv2d(channels, channels, 3, padding=1)
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
-        """Turns the VAE's features (B, lateral_channels, H, W), any float dtype and scale, into the lateral input."""
+        """Turns the VAE's features (B, lateral_channels, H, W), any float dtype, into the lateral input."""
         assert self.lateral is not None
-        # Without scale and bias, which the convolution has.
-        return self.lateral(F.group_norm(features, GROUPS).to(self.lateral.weight))
+        return self.lateral(features.to(self.lateral.weight.dtype))
 
     def forward(self, x: torch.Tensor, lateral: torch.Tensor | None) -> torch.Tensor:
         """(B, in_channels, h, w) and, if any, (B, channels, 2h, 2w) -> (B, channels, 2h, 2w)."""
@@ -85,14 +85,17 @@ class Stage(nn.Module):
 
 
 class LightMaskDecoder(ModelMixin, ConfigMixin):
-    """Most of its channels are at the latents' resolution; three narrow stages lead from there to pixels.
+    """Most of its channels are at the latents' resolution; narrow stages lead from there to pixels.
+
+    Two stages end at half the pixels' resolution, and a sub-pixel convolution gives the logits. With lateral input a third one
+    works on the pixels themselves.
 
     Args:
         latent_channels: of the VAE.
         width: channels at the latents' resolution, a multiple of 8.
         num_blocks: residual blocks there.
-        lateral_channels: of the VAE encoder's features at all, half and a quarter of the pixels' resolution, where these are
-            its lateral input; empty where it sees latents alone.
+        lateral_channels: of the VAE encoder's features at the full, half and a quarter of the pixels' resolution, where these
+            are its lateral input; empty where it sees latents alone.
     """
 
     config_name = "config.json"
@@ -104,26 +107,34 @@ class LightMaskDecoder(ModelMixin, ConfigMixin):
         super().__init__()
         self.entry = nn.Conv2d(latent_channels, width, 3, padding=1)
         self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(num_blocks)))
-        inputs = (width, *STAGE_CHANNELS)
-        laterals = tuple(lateral_channels)[::-1] or (0,) * len(STAGE_CHANNELS)
-        self.stages = nn.ModuleList(map(Stage, inputs, STAGE_CHANNELS, laterals))
-        self.exit = nn.Conv2d(STAGE_CHANNELS[-1], 1, 3, padding=1)
+        laterals = tuple(lateral_channels)[::-1] or (0, 0)
+        channels = (width, *STAGE_CHANNELS[: len(laterals)])
+        self.stages = nn.ModuleList(map(Stage, channels, channels[1:], laterals))
+        self.exit = nn.Conv2d(channels[-1], 1 if lateral_channels else 4, 3, padding=1)
 
     @property
     def takes_features(self) -> bool:
         """Whether it has lateral input."""
         return bool(self.config.lateral_channels)
 
+    @apply_forward_hook  # an offloaded decoder is called in first
     def project(self, features: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Turns the VAE encoder's features, finest first, into lateral inputs: a tenth of their channels.
+        """Turns the VAE encoder's features into lateral inputs, which have few channels and can be kept.
 
         Args:
-            features: of `LatentCodec.encode_with_features`; empty for a decoder without lateral input.
+            features: of `LatentCodec.encode_with_features`, finest first; empty for a decoder without lateral input.
+
+        Returns:
+            Lateral inputs for `forward`, coarsest first, (B, c, H/2^k, W/2^k) for k = 2, 1, 0 and c of `STAGE_CHANNELS`.
         """
         return [cast(Stage, stage).project(each) for stage, each in zip(self.stages, reversed(features), strict=False)]
 
     def forward(self, latents: torch.Tensor, laterals: Sequence[torch.Tensor] = ()) -> torch.Tensor:
-        """Turns latents (B, C, h, w), any float dtype, and lateral inputs into logits of the mask (B, 8h, 8w), float32.
+        """Turns latents (B, C, h, w), any float dtype, into logits of the mask (B, 8h, 8w), float32.
+
+        Args:
+            latents: predicted.
+            laterals: of `project`, coarsest first.
 
         Raises:
             ValueError: if lateral inputs are missing or too many.
@@ -135,7 +146,8 @@ class LightMaskDecoder(ModelMixin, ConfigMixin):
         x = self.blocks(self.entry(latents.to(self.entry.weight.dtype)))
         for number, stage in enumerate(self.stages):
             x = stage(x, laterals[number] if laterals else None)
-        return self.exit(F.silu(x)).squeeze(1).float()
+        x = self.exit(F.silu(x))
+        return (x if laterals else F.pixel_shuffle(x, 2)).squeeze(1).float()
 
 
 def load_mask_decoder(folder: Path, vae: AutoencoderKL, dtype: torch.dtype = torch.float32) -> LightMaskDecoder:

@@ -221,7 +221,11 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
             view = _resized(
                 images.float(), [max(1, round(length * scale / side)) * side for length in images.shape[2:]]
             )
-            pixels = self._predict_view(view.flip(-1) if flipped else view, generators, members, steps, batch_size)
+            view = view.flip(-1) if flipped else view
+            chunks = [slice(start, start + batch_size) for start in range(0, len(view), batch_size)]
+            pixels = torch.cat(
+                [self._predict(view[chunk], generators[chunk], members, steps, batch_size) for chunk in chunks]
+            )
             pixels = _resized(pixels.flip(-1) if flipped else pixels, list(images.shape[2:]))
             views.append(pixels.unflatten(0, (len(images), members)))
         for group in torch.cat(views, dim=1):  # (views x members, 3, H, W) of a picture
@@ -237,7 +241,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
             uncertainty=torch.stack(uncertainty) if self.objective.stochastic or len(views) > 1 else None,
         )
 
-    def _predict_view(
+    def _predict(
         self,
         images: torch.Tensor,
         generators: Sequence[torch.Generator],
@@ -246,7 +250,9 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         batch_size: int,
     ) -> torch.Tensor:
         """Returns the clamped decode of all members, (B x members, 3, H, W), a picture's one after the other, on the CPU."""
-        condition, laterals = self._encode_all(images, batch_size)
+        condition, features = self.encode_images(images)
+        laterals = self.mask_decoder.project(features) if features else []
+        del features  # large
         # Members of all pictures in one row, cut into forward passes: the noise does not depend on where the cuts fall.
         owners = [picture for picture in range(len(images)) for _ in range(members)]
         pixels = []
@@ -257,15 +263,6 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
             )
             pixels.append(self.decode_latents(latents, [each[chunk] for each in laterals]).clamp(-1, 1).cpu())
         return torch.cat(pixels)
-
-    def _encode_all(self, images: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Returns latents and lateral inputs of all pictures; the features that these come from are large and not kept."""
-        latents, laterals = [], []
-        for chunk in images.split(batch_size):
-            encoded, features = self.encode_images(chunk)
-            latents.append(encoded)
-            laterals.append(self.mask_decoder.project(features) if features else [])
-        return torch.cat(latents), [torch.cat(level) for level in zip(*laterals, strict=True)]
 
 
 def _resized(pictures: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

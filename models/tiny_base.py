@@ -231,7 +231,7 @@ def train_decoder(vae: AutoencoderKL, arguments: argparse.Namespace) -> LightMas
         PairDataset(pairs, layout.read_label, arguments.resolution, augmentation_seed=arguments.seed),
         layout.codec,
         width=MASK_DECODER_WIDTH,
-        lateral=True,
+        lateral=False,
         steps=arguments.mask_decoder_steps,
         batch_size=2 * arguments.batch_size,
         peak_rate=2e-3,

@@ -165,8 +165,8 @@ def _find_mask_decoder(config: Config, base: Path, checkpoint: Path | None) -> P
     if not (base / MASK_DECODER).is_dir():
         raise InputError(
             f"mask_decoder: {base} has no light one; train one with `python -m models.mask_decoder OUT --base_model_path "
-            f"{config.base_model_path} --dataset_name {config.dataset_name} --dataset_path {config.dataset_path} --resolution "
-            f"{config.resolution}` and set mask_decoder_path to OUT"
+            f"{config.base_model_path} --dataset_name {config.dataset_name} --dataset_path {config.dataset_path} "
+            f"--mismatched_pairs {config.mismatched_pairs} --resolution {config.resolution} --batch_size {config.train_batch_size}` and set mask_decoder_path to OUT"
         )
     return base / MASK_DECODER
 

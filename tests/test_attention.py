@@ -34,11 +34,16 @@ def test_equal_keys_give_the_mean_of_the_values() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "max_tokens", "used"),
-    [(torch.bfloat16, 1100, True), (torch.float32, 1100, False), (torch.bfloat16, 3, False)],
+    ("dtype", "autocast", "max_tokens", "used"),
+    [
+        (torch.bfloat16, False, 1100, True),
+        (torch.float32, True, 1100, True),  # as the trainer calls it
+        (torch.float32, False, 1100, False),
+        (torch.bfloat16, False, 3, False),
+    ],
 )
 def test_it_is_used_for_few_tokens_in_bf16_only(
-    dtype: torch.dtype, max_tokens: int, used: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, autocast: bool, max_tokens: int, used: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
     monkeypatch.setattr(attention, "MAX_TOKENS", max_tokens)
@@ -47,7 +52,7 @@ def test_it_is_used_for_few_tokens_in_bf16_only(
     use_plain_attention(plain)
     latents = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(1))
     timesteps = torch.full((2,), 1000.0)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         found = call_transformer(plain, latents, timesteps, make_prompt())
         expected = call_transformer(transformer, latents, timesteps, make_prompt())
     assert bool(calls) == used

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.conftest import ROOT
 from utils.errors import InputError
 
 SAMPLE = str(ROOT / "assets" / "glass_sample")
+PLAIN = "folded, latent cache, no checkpointing, plain attention"
 SMALL = [
     "--size",
     "tiny",
@@ -32,10 +34,10 @@ SMALL = [
 
 def test_training_rows_stand_beside_the_published_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out" / "training.json"
-    training.main([*SMALL, "--data", SAMPLE, "--out", str(out), "--only", "folded", "folded, latent cache"])
+    training.main([*SMALL, "--data", SAMPLE, "--out", str(out), "--only", "folded", "folded, latent cache", PLAIN])
     record = json.loads(out.read_text())
-    assert [row["recipe"] for row in record["rows"]] == ["published", "folded", "folded, latent cache"]
-    published, folded, cached = record["rows"]
+    assert [row["recipe"] for row in record["rows"]] == ["published", "folded", "folded, latent cache", PLAIN]
+    published, folded, cached, _ = record["rows"]
     for row in record["rows"]:
         assert row["samples_per_second"] > 0
         assert sum(row["shares"].values()) == pytest.approx(1)
@@ -52,7 +54,11 @@ def test_training_rows_stand_beside_the_published_recipe(tmp_path: Path, capsys:
 
 def test_inference_rows_stand_beside_the_published_way(tmp_path: Path) -> None:
     out = tmp_path / "inference.json"
-    ways = ["batched", "batched, channels last, folded, without zero rows", "all of these, light mask decoder"]
+    ways = [
+        "batched",
+        "batched, channels last, folded, without zero rows",
+        "all of these, light mask decoder with features",
+    ]
     inference.main([*SMALL, "--out", str(out), "--only", *ways])
     rows = json.loads(out.read_text())["rows"]
     assert [row["way"] for row in rows] == ["published", *ways]
@@ -62,7 +68,7 @@ def test_inference_rows_stand_beside_the_published_way(tmp_path: Path) -> None:
 def test_ways_of_predicting_agree() -> None:
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     predictions = []
-    for way in inference.WAYS[:3]:
+    for way in (*inference.WAYS[:3], replace(inference.WAYS[0], name="folded", folded=True)):
         torch.manual_seed(0)
         predictions.append(inference.Inference(way, "tiny", torch.device("cpu"), torch.float32).predict(images))
     for prediction in predictions[1:]:

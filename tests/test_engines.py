@@ -16,6 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, Launch, arguments_of, environment
+from utils import engine
 from utils.checkpoints import list_checkpoints
 from utils.history import read_history
 
@@ -37,10 +38,11 @@ def zero_3(folder: Path) -> str:
 @needs_deepspeed
 @pytest.mark.slow
 def test_all_engines_give_the_same_losses_and_read_each_others_checkpoints(
-    flags: dict[str, object], launch: Launch, tmp_path: Path
+    flags: dict[str, object], base: Path, launch: Launch, tmp_path: Path
 ) -> None:
     flags |= {"max_train_steps": 4, "save_checkpoint_steps": 4, "val_steps": 4}
-    flags |= {"mask_decoder": "light", "pixel_loss_weight": 0.5}  # a second module, called beside the transformer
+    # A second module, called beside the transformer, and not by its forward alone.
+    flags |= {"mask_decoder": "light", "mask_decoder_path": base / "lateral", "pixel_loss_weight": 0.5}
     launchers = {
         "plain": "configs/accelerate/cpu.yaml",
         "two processes": "configs/accelerate/cpu_2_processes.yaml",
@@ -165,7 +167,6 @@ def test_fsdp_refuses_what_it_cannot_shard() -> None:
 def test_processes_that_each_believe_to_be_alone_are_refused(
     flags: dict[str, object], launch: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from utils import engine
     from utils.config import parse_config
     from utils.errors import InputError
 
@@ -231,3 +232,28 @@ def test_a_deepspeed_file_that_leaves_it_open_or_agrees_is_taken() -> None:
     }
     for settings in ({}, {name: "auto" for name in agreeing if "16" not in name}, agreeing):
         _check_engine_settings(Config(), settings)
+
+
+@pytest.mark.parametrize(
+    ("largest", "expected"),
+    [
+        (2**40, [(-3, 2**30), (-1, 2**31 - 1)]),
+        (2**25, [(-3, 2**30), (-3, 2**25), (-1, 2**31 - 1)]),
+        (0, [(-3, 2**30), (-3, 2**25)]),  # trimming alone would make things worse
+    ],
+)
+def test_freed_memory_is_kept_as_far_as_the_c_library_allows(
+    largest: int, expected: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, int]] = []
+
+    class Library:
+        def mallopt(self, name: int, value: int) -> int:
+            calls.append((name, value))
+            return int(name == -1 or value <= largest)
+
+    monkeypatch.setattr(engine.ctypes, "CDLL", lambda _: Library())
+    engine.keep_freed_memory()
+    assert calls == expected
+    monkeypatch.setattr(engine.ctypes, "CDLL", lambda _: object())  # another library
+    engine.keep_freed_memory()

@@ -64,11 +64,9 @@ def test_lateral_input_counts_and_must_be_there() -> None:
     generator = torch.Generator().manual_seed(0)
     features = [torch.randn(2, 8, 32 >> k, 32 >> k, generator=generator) for k in range(3)]
     logits = decoder(latents, decoder.project(features))
-    for level in range(3):  # each level reaches the mask, and the scale of the VAE's activations does not matter
+    for level in range(3):  # each level reaches the mask
         changed = [each * 0 if k == level else each for k, each in enumerate(features)]
         assert not decoder(latents, decoder.project(changed)).allclose(logits)
-    scaled = decoder(latents, decoder.project([100 * each for each in features]))
-    torch.testing.assert_close(scaled, logits, rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="0 lateral inputs for a decoder that takes 3"):
         decoder(latents)
     with pytest.raises(ValueError, match="3 lateral inputs for a decoder that takes 0"):
@@ -133,7 +131,6 @@ def test_it_is_trained_saved_resumed_scored_and_exported(
             parts_of_loss = 0.2 * float(row["latent_loss"]) + float(row["pixel_loss"])
             assert float(row["loss"]) == pytest.approx(parts_of_loss, rel=1e-4)
 
-    # What was scored while training and what the checkpoint gives later are one thing.
     done = launch("val_inference.py", {**flags, "load_checkpoint": "best"})
     assert "mix" in done.stdout
     done = launch("val_inference.py", {**flags, "load_checkpoint": "best", "mask_decoder": "vae"}, check=2)

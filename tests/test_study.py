@@ -26,6 +26,7 @@ def test_rows_compare_the_same_pictures() -> None:
     assert line.endswith("| 0.400 0.600 | +0.1000 | +0.100 to +0.100 | 2.0 |")
 
 
+@pytest.mark.slow
 def test_a_study_runs_its_variants_and_goes_on(
     flags: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -40,7 +40,7 @@ def test_a_base_is_built_and_the_ordinary_code_loads_it(tmp_path: Path, monkeypa
     out = tmp_path / "base"
     build(out, data, monkeypatch, "--vae_steps", "2", "--mask_decoder_steps", "2", "--transformer_steps", "2")
     decoder = load_mask_decoder(out / "mask_decoder", load_vae(out, torch.float32))
-    assert decoder.takes_features
+    assert not decoder.takes_features
     vae, transformer = load_vae(out, torch.float32), load_transformer(out)
     assert load_scheduler(out).config.shift == 3.0
     assert transformer.config.in_channels == vae.config.latent_channels == 16

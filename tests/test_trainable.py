@@ -68,7 +68,6 @@ def test_each_way_resumes_exactly_is_scored_and_exported(
 
     done = launch("val_inference.py", {**flags, "load_checkpoint": "checkpoint-6"})
     assert "mix" in done.stdout
-    # What was scored while training and what the checkpoint gives later are one thing.
     validated = [float(row["val_iou"]) for row in read_history(whole / "history.csv") if row["val_iou"]]
     assert len(validated) == 2
     best = json.loads((whole / "checkpoints" / "best.json").read_text())

@@ -95,8 +95,9 @@ def keep_freed_memory() -> None:
     """
     with contextlib.suppress(AttributeError, OSError):
         library = ctypes.CDLL(None)
-        library.mallopt(M_MMAP_THRESHOLD, 2**30)
-        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        # Older versions refuse more than 32 MiB. Trimming alone would leave the threshold low for good.
+        if library.mallopt(M_MMAP_THRESHOLD, 2**30) or library.mallopt(M_MMAP_THRESHOLD, 2**25):
+            library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _check_launcher_settings(config: Config) -> None:
