@@ -21,7 +21,7 @@ from dataset.codecs import build_codec
 from dataset.trans10k import LAYOUTS, PairDataset, scan
 from models.base import load_vae
 from models.latents import LatentCodec, feature_channels
-from models.mask_decoder import LightMaskDecoder, load_mask_decoder, train
+from models.mask_decoder import LightMaskDecoder, load_mask_decoder, main, train
 from models.pipeline import TransparencySegmentationPipeline
 from models.trainable import build_trainable, check_settings
 from tests.conftest import RESOLUTION, ROOT, Launch, arguments_of, environment, make_prompt, make_vae, write_base
@@ -215,7 +215,12 @@ def run_module(*options: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_its_command_line_writes_what_a_run_starts_from(
-    base: Path, trans10k: Path, flags: dict[str, object], launch: Launch, tmp_path: Path
+    base: Path,
+    trans10k: Path,
+    flags: dict[str, object],
+    launch: Launch,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "decoder"
     given = {"base_model_path": base, "dataset_path": trans10k, "resolution": RESOLUTION}
@@ -224,11 +229,13 @@ def test_its_command_line_writes_what_a_run_starts_from(
     assert f"{out}: 0.0" in done.stdout, done.stderr
     assert json.loads((out / "config.json").read_text())["width"] == 8
     launch("trainer.py", {**flags, **LIGHT, "mask_decoder_path": out, "max_train_steps": 2, "val_steps": "null"})
-    for refused, message in (
-        (run_module(out, *options), "exists already; choose another folder"),
-        (run_module(tmp_path / "other", *options, "--width", 9), "--width must be a multiple of 8"),
-        (run_module(tmp_path / "other", *options, "--resolution", 9), "--resolution"),
+    refused = run_module(out, *options)
+    assert (refused.returncode, len(refused.stderr.strip().splitlines())) == (2, 1)
+    assert "exists already; choose another folder" in refused.stderr
+    for changes, message in (
+        (["--width", "9"], "--width must be a multiple of 8"),
+        (["--resolution", "9"], "--resolution"),
     ):
-        assert refused.returncode == 2
-        assert message in refused.stderr
-        assert len(refused.stderr.strip().splitlines()) == 1
+        monkeypatch.setattr(sys, "argv", ["mask_decoder", *map(str, (tmp_path / "other", *options, *changes))])
+        with pytest.raises(InputError, match=message):
+            main()
