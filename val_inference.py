@@ -50,11 +50,23 @@ def check_flags(config: Config, flags: frozenset[str], trained: Config, checkpoi
             )
 
 
+def choose_checkpoint(config: Config, flags: frozenset[str]) -> Path:
+    """Returns the checkpoint to score: where a file, not a flag, asks for the best and nothing was validated, the latest.
+
+    Raises:
+        InputError: if there is no such complete checkpoint.
+    """
+    name = config.load_checkpoint
+    if name == "best" and "load_checkpoint" not in flags and checkpoints.read_best(config.output_dir) is None:
+        name = "latest"
+    return checkpoints.find_checkpoint(config.output_dir, name, "load_checkpoint")
+
+
 def main() -> None:
     """Command line of the inference."""
     config, flags = parse_config(sys.argv[1:], __doc__ or "")
     stop = StopRequests()
-    checkpoint = checkpoints.find_checkpoint(config.output_dir, config.load_checkpoint, "load_checkpoint")
+    checkpoint = choose_checkpoint(config, flags)
     trained = checkpoints.read_config(checkpoint)
     check_flags(config, flags, trained, checkpoint)
     settings = {name: getattr(config, name) for name in ("denoise_steps", "ensemble_size", "tta")}
@@ -70,6 +82,7 @@ def main() -> None:
     accelerator = build_accelerator(config)
     stop.share()
     accelerator.print(found)
+    accelerator.print(f"{checkpoint.name}, threshold {settings['threshold']:.3g}")
     resolution = config.resolution if "resolution" in flags else trained.resolution
     with accelerator.local_main_process_first():
         pipeline: TransparencySegmentationPipeline = checkpoints.load_pipeline(

@@ -29,6 +29,8 @@ def test_the_tiny_base_fits_eight_real_pairs(launch: Launch, tmp_path: Path) -> 
         "output_dir": tmp_path / "run",
         "resolution": 256,
         "augmentation": "false",
+        "cutmix": 0,
+        "tta": "none",
         "train_batch_size": 8,
         "max_train_steps": 200,
         "lr_warmup_steps": 20,

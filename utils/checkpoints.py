@@ -142,13 +142,17 @@ def find_checkpoint(output_dir: str | Path, name: str, key: str) -> Path:
 def chosen_threshold(config: Config, checkpoint: Path) -> float:
     """Returns the threshold to use with a checkpoint: the configuration's, or what validation chose for it.
 
+    Where nothing was validated that is 0.5.
+
     Raises:
         InputError: if validation is to choose and the checkpoint is not the best, whose threshold alone is kept.
     """
     if config.threshold != "validation":
         return float(config.threshold)
     best = read_best(checkpoint.parent.parent)
-    if best is None or best["checkpoint"] != checkpoint.name:
+    if best is None:
+        return DEFAULT_THRESHOLD
+    if best["checkpoint"] != checkpoint.name:
         raise InputError(
             f"threshold: validation chooses one for the best checkpoint alone, {checkpoint.name} is not; use load_checkpoint: best, "
             "or a number"
@@ -393,8 +397,8 @@ def load_pipeline(checkpoint: Path, dtype: torch.dtype, compiled: bool = False) 
         decoder = load_mask_decoder(checkpoint / MASK_DECODER, vae, dtype).eval()
     if config.threshold == "validation":
         best = read_best(checkpoint.parent.parent)
-        known = best is not None and best["checkpoint"] == checkpoint.name
-        config = replace(config, threshold=chosen_threshold(config, checkpoint) if known else DEFAULT_THRESHOLD)
+        is_best = best is not None and best["checkpoint"] == checkpoint.name
+        config = replace(config, threshold=best["threshold"] if best and is_best else DEFAULT_THRESHOLD)
     return build_pipeline(config, base, transformer, vae, prompt, decoder)
 
 

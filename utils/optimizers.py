@@ -32,7 +32,7 @@ def build_optimizer(transformer: Any, config: Config, learning_rate: float) -> t
         "weight_decay": config.adam_weight_decay,
     }
     if config.optimizer == "adamw" and config.weights == "fp32":
-        return torch.optim.AdamW(groups, **settings)
+        return torch.optim.AdamW(groups, fused=True, **settings)  # one pass over each tensor
     try:
         from torchao.optim import AdamW8bit, _AdamW
     except ImportError as error:
