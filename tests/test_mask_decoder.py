@@ -105,7 +105,7 @@ def test_the_tiny_base_brings_one_that_reads_unseen_masks() -> None:
 @pytest.mark.parametrize(
     ("part", "way"),
     [
-        ("mask_decoder", {"latent_cache": "disk", "cutmix": 0.5, "ema_decay": 0.9}),
+        pytest.param("mask_decoder", {"latent_cache": "disk", "cutmix": 0.5, "ema_decay": 0.9}, marks=pytest.mark.slow),
         ("lateral", {"objective": "diffusion", "cutmix": 0.5, "tta": "flip"}),
     ],
 )

@@ -75,10 +75,14 @@ def keep_until_exit(value: Kept) -> Kept:
 
 def run_command(main: Callable[[], int | None]) -> None:
     """Runs a command's `main` and exits the process with its code; known errors become one line on stderr."""
+    several_processes = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         code = main() or 0
     except CommandError as error:
-        keep_until_exit(error)  # its traceback holds what `main` held
+        if (
+            several_processes
+        ):  # its traceback holds what `main` held; alone, loaders must end before the interpreter does
+            keep_until_exit(error)
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         code = error.exit_code
     except KeyboardInterrupt:
@@ -93,7 +97,7 @@ def run_command(main: Callable[[], int | None]) -> None:
             raise
         print(f"error: {error.filename or 'a file'}: cannot be written ({error.strerror})", file=sys.stderr, flush=True)
         code = EXIT_FAILED
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if several_processes:
         # After an error another process may wait in a collective for this one, and a normal exit would wait for it in turn;
         # after success gloo's threads now and then abort the interpreter's exit.
         sys.stdout.flush()
