@@ -48,7 +48,13 @@ COMPILED_WAYS: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("way", [*WAYS, *(pytest.param(way, marks=pytest.mark.slow) for way in COMPILED_WAYS)])
+SLOW_WAYS = {*COMPILED_WAYS, "average", "diffusion adapters"}  # the last two are near to ways that stay
+
+
+@pytest.mark.parametrize(
+    "way",
+    [pytest.param(way, marks=pytest.mark.slow if way in SLOW_WAYS else ()) for way in (*WAYS, *COMPILED_WAYS)],
+)
 def test_each_way_resumes_exactly_is_scored_and_exported(
     way: str, flags: dict[str, object], launch: Launch, tmp_path: Path
 ) -> None:
