@@ -397,8 +397,8 @@ def load_pipeline(checkpoint: Path, dtype: torch.dtype, compiled: bool = False) 
         decoder = load_mask_decoder(checkpoint / MASK_DECODER, vae, dtype).eval()
     if config.threshold == "validation":
         best = read_best(checkpoint.parent.parent)
-        is_best = best is not None and best["checkpoint"] == checkpoint.name
-        config = replace(config, threshold=best["threshold"] if best and is_best else DEFAULT_THRESHOLD)
+        chosen = best is not None and best["checkpoint"] == checkpoint.name
+        config = replace(config, threshold=chosen_threshold(config, checkpoint) if chosen else DEFAULT_THRESHOLD)
     return build_pipeline(config, base, transformer, vae, prompt, decoder)
 
 

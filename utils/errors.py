@@ -79,9 +79,8 @@ def run_command(main: Callable[[], int | None]) -> None:
     try:
         code = main() or 0
     except CommandError as error:
-        if (
-            several_processes
-        ):  # its traceback holds what `main` held; alone, loaders must end before the interpreter does
+        # Its traceback holds what `main` held. In a lone process loaders must end before the interpreter does.
+        if several_processes:
             keep_until_exit(error)
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         code = error.exit_code
