@@ -57,8 +57,8 @@ def choose_checkpoint(config: Config, flags: frozenset[str]) -> Path:
         InputError: if there is no such complete checkpoint.
     """
     name = config.load_checkpoint
-    if name == "best" and "load_checkpoint" not in flags and checkpoints.read_best(config.output_dir) is None:
-        name = "latest"
+    if name == "best" and "load_checkpoint" not in flags:
+        name = checkpoints.best_or_latest(config.output_dir)
     return checkpoints.find_checkpoint(config.output_dir, name, "load_checkpoint")
 
 

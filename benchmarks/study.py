@@ -51,6 +51,7 @@ BASELINE = Variant("configs/tiny.yaml")
 VARIANTS = (
     BASELINE,
     Variant("folded conditioning", {"fold_conditioning": "true"}),
+    Variant("fresh augmentation, no latent cache", {"latent_cache": "off"}),
     Variant("pixel loss alone", {"latent_loss_weight": 0.0}),
     Variant("VAE decoder, latent loss", {"mask_decoder": "vae", "latent_loss_weight": 1.0, "pixel_loss_weight": 0.0}),
     Variant("VAE decoder, latent and pixel loss", {"mask_decoder": "vae"}),

@@ -139,6 +139,11 @@ def find_checkpoint(output_dir: str | Path, name: str, key: str) -> Path:
     raise InputError(f"{key}: no complete checkpoint {name!r} in {folder} (there: {names})")
 
 
+def best_or_latest(output_dir: str | Path) -> str:
+    """Returns `best` where validation has chosen a checkpoint, else `latest`."""
+    return "latest" if read_best(output_dir) is None else "best"
+
+
 def chosen_threshold(config: Config, checkpoint: Path) -> float:
     """Returns the threshold to use with a checkpoint: the configuration's, or what validation chose for it.
 
@@ -422,8 +427,7 @@ def export(run: Path, out: Path, name: str = "best", data_type: str = "fp32") ->
     if (run / STATE_FILE_NAME).is_file():
         checkpoint = run
     else:
-        fallback = "latest" if name == "best" and read_best(run) is None else name
-        checkpoint = find_checkpoint(run, fallback, "RUN")
+        checkpoint = find_checkpoint(run, best_or_latest(run) if name == "best" else name, "RUN")
     load_pipeline(checkpoint, DTYPES[data_type]).save_pretrained(out, safe_serialization=True)
     return checkpoint
 
