@@ -74,7 +74,7 @@ class Trainer:
             MovingAverage(accelerator.unwrap_model(self.transformer), config.ema_decay) if config.ema_decay else None
         )
         if self.resumed:
-            restore_optimizer(accelerator, self.resumed, self.transformer, self.optimizer)
+            restore_optimizer(accelerator, config, self.resumed, self.transformer, self.optimizer)
             if self.average:
                 restore_average(self.resumed, self.average)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.subjects import SIZES, build_prompt, build_vae, matrix_rate, synchronise
-from benchmarks.training import chosen, parse, release, report
+from benchmarks.training import chosen, parse, release, save
 from models.attention import use_plain_attention
 from models.base import DTYPES, compile_vae
 from models.folding import fold
@@ -111,6 +112,46 @@ class Inference:
         return torch.cat(decoded)
 
 
+def measure(way: Way, arguments: argparse.Namespace, images: torch.Tensor, rate: float) -> dict[str, Any]:
+    """Times one way.
+
+    Args:
+        way: to predict.
+        arguments: of the command.
+        images: in [-1, 1].
+        rate: the device's matrix rate in FLOP/s.
+
+    Returns:
+        A row of the table.
+    """
+    device = arguments.device
+    inference = Inference(way, arguments.size, device, DTYPES[arguments.data_type])
+    release(device)  # what building took is not what predicting takes
+    start = time.perf_counter()
+    for _ in range(arguments.warmup):
+        inference.predict(images)
+    synchronise(device)
+    first_seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    for _ in range(arguments.steps):
+        inference.predict(images)
+    synchronise(device)
+    seconds = (time.perf_counter() - start) / arguments.steps
+    flops = None
+    if not way.compiled:
+        with FlopCounterMode(display=False) as counter:
+            inference.predict(images)
+        flops = counter.get_total_flops()
+    return {
+        "way": way.name,
+        "images_per_second": arguments.batch_size / seconds,
+        "first_batches_seconds": first_seconds,
+        "flops_per_image": flops / arguments.batch_size if flops else None,
+        "share_of_matrix_rate": flops / seconds / rate if flops else None,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    }
+
+
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     arguments = parse(argv, __doc__ or "", 4)
@@ -126,44 +167,21 @@ def main(argv: list[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     for way in ways:
         release(device)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        inference = Inference(way, arguments.size, device, dtype)
-        start = time.perf_counter()
-        for _ in range(arguments.warmup):
-            inference.predict(images)
-        synchronise(device)
-        first_seconds = time.perf_counter() - start
-        start = time.perf_counter()
-        for _ in range(arguments.steps):
-            inference.predict(images)
-        synchronise(device)
-        seconds = (time.perf_counter() - start) / arguments.steps
-        flops = None
-        if not way.compiled:
-            with FlopCounterMode(display=False) as counter:
-                inference.predict(images)
-            flops = counter.get_total_flops()
-        rows.append(
-            {
-                "way": way.name,
-                "images_per_second": arguments.batch_size / seconds,
-                "first_batches_seconds": first_seconds,
-                "flops_per_image": flops / arguments.batch_size if flops else None,
-                "share_of_matrix_rate": flops / seconds / rate if flops else None,
-                "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-            }
-        )
-        del inference
+        try:
+            rows.append(measure(way, arguments, images, rate))
+        except torch.OutOfMemoryError:
+            print(f"{way.name}: left out, it does not fit this device")
+        save(arguments, rows, matrix_flops_per_second=rate)
     lines = ["| way | images/s | ratio | TFLOP an image | of peak | peak GB |", "|---|---|---|---|---|---|"]
+    published = next((row["images_per_second"] for row in rows if row["way"] == WAYS[0].name), None)
     for row in rows:
-        ratio = row["images_per_second"] / rows[0]["images_per_second"]
-        cells = [row["way"], f"{row['images_per_second']:.2f}", f"{ratio:.2f}"]
+        ratio = f"{row['images_per_second'] / published:.2f}" if published else "-"
+        cells = [row["way"], f"{row['images_per_second']:.2f}", ratio]
         cells.append(f"{row['flops_per_image'] / 1e12:.2f}" if row["flops_per_image"] else "-")
         cells.append(f"{row['share_of_matrix_rate']:.0%}" if row["share_of_matrix_rate"] else "-")
         cells.append(f"{row['peak_memory_bytes'] / 1e9:.1f}" if row["peak_memory_bytes"] else "-")
         lines.append("| " + " | ".join(cells) + " |")
-    report(arguments, rows, "\n".join(lines), matrix_flops_per_second=rate)
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.subjects import RECIPES, Recipe, Training
-from benchmarks.training import chosen, parse, release, report
+from benchmarks.training import chosen, parse, release, save
 from models.base import DTYPES
 from models.latents import DOWNSCALE
 from utils.errors import InputError, run_command
@@ -22,6 +22,7 @@ CARDS_GB = (8, 10, 12, 16, 24, 32, 40, 48, 80, 141)
 def peak_memory(recipe: Recipe, arguments: argparse.Namespace, batch: dict[str, torch.Tensor]) -> int:
     """Returns the most bytes that a recipe allocated at once; its models are gone with the call, even if it fails."""
     training = Training(recipe, arguments.size, arguments.device, DTYPES[arguments.data_type])
+    release(arguments.device)  # the trainer builds on the CPU
     for _ in range(arguments.warmup):
         training.step(batch)
     return torch.cuda.max_memory_allocated(arguments.device)
@@ -39,24 +40,24 @@ def main(argv: list[str] | None = None) -> None:
     side = arguments.resolution
     shape = (arguments.batch_size, 3, side, side)
     latents = (arguments.batch_size, 16, side // DOWNSCALE, side // DOWNSCALE)
-    batch = {"image": torch.rand(shape) * 2 - 1, "mask": torch.rand(shape) * 2 - 1}
-    batch |= {"image_latents": torch.randn(latents), "mask_latents": torch.randn(latents)}
+    pictures = {"image": torch.rand(shape), "label": torch.randint(2, (shape[0], side, side))}
+    encoded = {"image_latents": torch.randn(latents), "mask_latents": torch.randn(latents)}
     for recipe in chosen(arguments.only, RECIPES, "recipe"):
         release(device)
-        torch.cuda.reset_peak_memory_stats(device)
         try:
-            peak = peak_memory(recipe, arguments, batch)
+            peak = peak_memory(recipe, arguments, encoded if recipe.latent_cache else pictures)
             rows.append({"recipe": recipe.name, "peak_memory_bytes": peak})
         except InputError as error:
             print(f"{recipe.name}: left out, {error}")
         except torch.OutOfMemoryError:
             print(f"{recipe.name}: left out, it does not fit this device")
+        save(arguments, rows)
     lines = ["| recipe | peak GB | smallest card |", "|---|---|---|"]
     for row in rows:
         needed = row["peak_memory_bytes"] / 1e9
         card = next((f"{size} GB" for size in CARDS_GB if needed + 0.5 < size), "none")
         lines.append(f"| {row['recipe']} | {needed:.1f} | {card} |")
-    report(arguments, rows, "\n".join(lines))
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

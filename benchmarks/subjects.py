@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 
+from dataset.codecs import BinaryCodec
 from models.attention import use_plain_attention
 from models.folding import fold
 from models.latents import LatentCodec
@@ -69,6 +70,7 @@ class Recipe:
         optimizer: as the configuration's key.
         trainable: as the configuration's key.
         plain_attention: `models.attention`, which the trainer uses on a CPU.
+        encodes_ahead: on a GPU the next batch is encoded beside the step, as the trainer does.
     """
 
     name: str
@@ -81,16 +83,19 @@ class Recipe:
     optimizer: str = "adamw"
     trainable: str = "full"
     plain_attention: bool = False
+    encodes_ahead: bool = False
 
 
 PUBLISHED = Recipe("published")
-_LEAN = replace(PUBLISHED, fold_conditioning=True, drop_zero_prompt_rows=True)
-_CACHED = replace(_LEAN, latent_cache=True)
+_FOLDED = replace(PUBLISHED, fold_conditioning=True, encodes_ahead=True)
+_CACHED = replace(PUBLISHED, fold_conditioning=True, latent_cache=True)
 _SMALL = replace(_CACHED, weights="bf16", optimizer="adamw_8bit")
 RECIPES = (
     PUBLISHED,
+    replace(PUBLISHED, name="encoding beside the step", encodes_ahead=True),
     replace(PUBLISHED, name="without zero rows", drop_zero_prompt_rows=True),
-    replace(_LEAN, name="folded"),
+    replace(_FOLDED, name="folded"),
+    replace(_CACHED, name="latent cache", fold_conditioning=False),
     replace(_CACHED, name="folded, latent cache"),
     replace(_CACHED, name="folded, latent cache, no checkpointing", gradient_checkpointing=False),
     replace(
@@ -165,21 +170,35 @@ class Training:
         self.timed = False
 
     def step(self, batch: dict[str, torch.Tensor]) -> None:
-        """Runs one update on `image` and `mask` (B, 3, H, W) in [-1, 1], or their latents where the recipe caches them."""
-        with self.part("VAE"):
-            if self.codec is not None:
-                image, mask = (self.codec.encode(batch[name].to(self.device)) for name in ("image", "mask"))
-            else:
-                image, mask = (batch[f"{name}_latents"].to(self.device).float() for name in ("image", "mask"))
-        with self.part("transformer"):
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                loss = self.objective.loss(self.transformer, image, mask, self.prompt).latent_loss.mean()
-            loss.backward()
+        """Runs one update on `image` (B, 3, H, W) in [0, 1] and `label` (B, H, W), or their latents where these are there."""
+        self.backward(batch)
         with self.part("optimiser"):
             trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+
+    def backward(self, batch: dict[str, torch.Tensor]) -> None:
+        """Runs an update's forward and backward passes."""
+        with self.part("VAE"):
+            if "image_latents" in batch:
+                image, mask = (batch[f"{name}_latents"].to(self.device).float() for name in ("image", "mask"))
+            else:
+                image, mask = self.encode_images(batch["image"])[0], self.encode_labels(batch["label"])
+        with self.part("transformer"):
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                loss = self.objective.loss(self.transformer, image, mask, self.prompt).latent_loss.mean()
+            loss.backward()
+
+    def encode_images(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Returns latents of pictures (B, 3, H, W) in [0, 1], and no features."""
+        assert self.codec is not None
+        return self.codec.encode(images.to(self.device, non_blocking=True) * 2 - 1), []
+
+    def encode_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """Returns latents of labels (B, H, W)."""
+        assert self.codec is not None
+        return self.codec.encode(BinaryCodec().encode(labels.to(self.device, non_blocking=True)))
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:

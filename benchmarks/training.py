@@ -20,13 +20,13 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.subjects import RECIPES, SIZES, Recipe, Training, build_vae, matrix_rate, synchronise
+from benchmarks.subjects import PUBLISHED, RECIPES, SIZES, Recipe, Training, build_vae, matrix_rate, synchronise
 from dataset.codecs import build_codec
 from dataset.latent_cache import CachedLatents, LatentCache, fill
 from dataset.sampling import BatchStream
 from dataset.trans10k import LAYOUTS, PairDataset, collate, prepare_worker, scan
 from models.base import DTYPES
-from models.latents import LatentCodec
+from models.latents import LatentBatches, LatentCodec
 from utils.engine import keep_freed_memory
 from utils.errors import InputError, run_command
 from utils.provenance import machine
@@ -47,20 +47,20 @@ Row = TypeVar("Row", bound=Named)
 COLUMNS = ("recipe", "samples/s", "ratio", "data", "VAE", "transformer", "optimiser", "TFLOP", "of peak", "peak GB")
 
 
-def batches(arguments: argparse.Namespace, cached: CachedLatents, as_latents: bool) -> Iterator[dict[str, Any]]:
-    """Yields batches of the cached pairs as training reads them: their pixels in [-1, 1], or their latents."""
-    pairs = cached.cache.pairs
-    codec = build_codec("binary")
+def batches(arguments: argparse.Namespace, cached: CachedLatents, training: Training) -> Iterator[dict[str, Any]]:
+    """Yields batches of the cached pairs as the recipe trains on them: `image` and `label`, or their latents."""
+    pairs, recipe = cached.cache.pairs, training.recipe
     loader = DataLoader(
-        cached if as_latents else PairDataset(pairs, READER, arguments.resolution, augmentation_seed=0),
+        cached if recipe.latent_cache else PairDataset(pairs, READER, arguments.resolution, augmentation_seed=0),
         batch_sampler=BatchStream(len(pairs), arguments.batch_size, 0, stop=10**9),
         num_workers=arguments.workers,
         collate_fn=collate,
         worker_init_fn=prepare_worker,
         pin_memory=arguments.device.type == "cuda",
     )
-    for batch in loader:
-        yield batch if as_latents else {"image": batch["image"] * 2 - 1, "mask": codec.encode(batch["label"])}
+    if recipe.encodes_ahead:
+        return iter(LatentBatches(loader, training.encode_images, training.encode_labels, arguments.device))
+    return iter(loader)
 
 
 def cache_latents(arguments: argparse.Namespace, folder: Path) -> CachedLatents:
@@ -93,11 +93,10 @@ def measure(recipe: Recipe, arguments: argparse.Namespace, cached: CachedLatents
         A row of the table.
     """
     device = arguments.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    start = time.perf_counter()
     training = Training(recipe, arguments.size, device, DTYPES[arguments.data_type])
-    stream = batches(arguments, cached, recipe.latent_cache)
+    release(device)  # what building took is not what training takes
+    start = time.perf_counter()
+    stream = batches(arguments, cached, training)
     for batch in itertools.islice(stream, arguments.warmup):
         training.step(batch)
     synchronise(device)
@@ -117,8 +116,8 @@ def measure(recipe: Recipe, arguments: argparse.Namespace, cached: CachedLatents
     total = sum(training.seconds.values())
     flops = None
     if not recipe.compile:
-        with FlopCounterMode(display=False) as counter:
-            training.step(next(stream))
+        with FlopCounterMode(display=False) as counter:  # without the optimiser, which torchao compiles
+            training.backward(next(stream))
         flops = counter.get_total_flops()
     return {
         "recipe": recipe.name,
@@ -132,12 +131,13 @@ def measure(recipe: Recipe, arguments: argparse.Namespace, cached: CachedLatents
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Returns the rows as a Markdown table, speeds as a ratio to the first row's."""
+    """Returns the rows as a Markdown table, speeds as a ratio to the published recipe's, where that was run."""
+    published = next((row["samples_per_second"] for row in rows if row["recipe"] == PUBLISHED.name), None)
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for row in rows:
         shares = [f"{row['shares'].get(name, 0):.0%}" for name in ("data", "VAE", "transformer", "optimiser")]
-        ratio = row["samples_per_second"] / rows[0]["samples_per_second"]
-        cells = [row["recipe"], f"{row['samples_per_second']:.2f}", f"{ratio:.2f}", *shares]
+        ratio = f"{row['samples_per_second'] / published:.2f}" if published else "-"
+        cells = [row["recipe"], f"{row['samples_per_second']:.2f}", ratio, *shares]
         cells.append(f"{row['flops_per_update'] / 1e12:.2f}" if row["flops_per_update"] else "-")
         cells.append(f"{row['share_of_matrix_rate']:.0%}" if row["share_of_matrix_rate"] else "-")
         cells.append(f"{row['peak_memory_bytes'] / 1e9:.1f}" if row["peak_memory_bytes"] else "-")
@@ -186,9 +186,8 @@ def chosen(names: list[str], rows: Sequence[Row], kind: str) -> Sequence[Row]:
     return [rows[0], *(known[name] for name in names if name != rows[0].name)] if names else rows
 
 
-def report(arguments: argparse.Namespace, rows: list[dict[str, Any]], text: str, **more: Any) -> None:
-    """Prints the table and writes the JSON."""
-    print(text)
+def save(arguments: argparse.Namespace, rows: list[dict[str, Any]], **more: Any) -> None:
+    """Writes the JSON of the rows so far, so that one that fails badly does not take the others along."""
     if arguments.out:
         settings = {name: str(value) for name, value in vars(arguments).items() if name != "out"}
         record = {"settings": settings, "machine": machine(), **more, "rows": rows}
@@ -199,10 +198,11 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]], text: str,
 
 
 def release(device: torch.device) -> None:
-    """Frees what the last row held."""
+    """Frees what the last row held, and counts memory anew."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -222,8 +222,9 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"{recipe.name}: left out, {error}")
             except torch.OutOfMemoryError:
                 print(f"{recipe.name}: left out, it does not fit this device")
+            save(arguments, rows, matrix_flops_per_second=rate)
             release(device)
-    report(arguments, rows, table(rows), matrix_flops_per_second=rate)
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from utils.seeding import Stream, numpy_generator
 FORMAT = 2  # raised when augmentation or layout change, so that older caches are refused
 PAIRS_PER_SHARD = 32
 INDEX_FILE_NAME = "cache.json"
+PARTIAL_SUFFIX = ".part"
 BYTES_PER_VALUE = 2
 
 Encode = Callable[[torch.Tensor], torch.Tensor]
@@ -103,11 +105,11 @@ class LatentCache:
                         "folder, or set latent_cache_path to another"
                     )
                 return
-            if any(self.folder.iterdir()):
+            if any(entry.suffix != PARTIAL_SUFFIX for entry in self.folder.iterdir()):
                 raise InputError(
                     f"{self.folder}: holds other files than a latent cache; set latent_cache_path to another folder"
                 )
-            partial = path.with_suffix(".part")
+            partial = _partial(path)
             partial.write_text(json.dumps(self.fingerprint, indent=2) + "\n", encoding="utf-8")
             partial.replace(path)
         except OSError as error:
@@ -137,6 +139,12 @@ class LatentCache:
                 )
         return missing
 
+    def remove_leftovers(self) -> None:
+        """Removes what killed runs left half-written, once every shard is there."""
+        if all(self.shard_path(shard).is_file() for shard in range(self.num_shards)):
+            for path in self.folder.glob(f"*{PARTIAL_SUFFIX}"):
+                path.unlink(missing_ok=True)
+
     def check_disk_space(self, missing: int, bytes_per_latent: int) -> None:
         """Compares what `missing` shards will need with what is free.
 
@@ -159,19 +167,26 @@ class LatentCache:
             InputError: if the disk is full.
         """
         path = self.shard_path(shard)
-        partial = path.with_suffix(".part")
+        partial = _partial(path)
         try:
             bits = torch.from_numpy(np.packbits(label.numpy(), axis=-1))
             save_file({"image": image.half().contiguous(), "mask": mask.half().contiguous(), "label": bits}, partial)
             partial.replace(path)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
+            if isinstance(error, FileNotFoundError) and path.is_file():
+                return  # another run that fills the same cache was faster, and has tidied up
             full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
             reason = "the disk is full" if full or "No space left" in str(error) else first_line(error)
             raise InputError(
                 f"{path}: cannot be written ({reason}); free some space or set latent_cache_path to another disk, then start "
                 "again: what is whole is kept"
             ) from error
+
+
+def _partial(path: Path) -> Path:
+    """Returns a name to write beside a file that no other run which fills the same cache has."""
+    return path.with_name(f"{path.stem}-{uuid.uuid4().hex[:8]}{PARTIAL_SUFFIX}")
 
 
 class _Versions(Dataset[dict[str, Any]]):
@@ -265,6 +280,7 @@ def fill(
             if shard == mine[0]:  # the first latents tell how large they are
                 cache.check_disk_space(len(missing), latents["image"][0][0, 0].numel() * BYTES_PER_VALUE)
             cache.write_shard(shard, *(torch.cat(latents[name]) for name in ("image", "mask", "label")))
+    cache.remove_leftovers()
 
 
 class CachedLatents(Dataset[dict[str, Any]]):

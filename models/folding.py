@@ -72,7 +72,7 @@ class FoldedSD3Transformer2DModel(SD3Transformer2DModel):
     """
 
     # Small, and what a step moves in them is smaller than bf16 resolves.
-    _keep_in_fp32_modules = ("vector", "rows")
+    _keep_in_fp32_modules = ["vector", "rows"]  # noqa: RUF012  Diffusers reads a list alone
 
     @register_to_config
     def __init__(

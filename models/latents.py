@@ -15,7 +15,7 @@ DOWNSCALE = 8
 NUM_FEATURES = 3  # resolutions above the latents'
 CUT_SIDES = (0.3, 0.7)  # of a rectangle, as a share of the picture's
 # The VAE's activations are its large part (about 1.5 GB for a picture of 1024 px in bf16), and a picture that size fills a GPU.
-PIXELS_PER_CALL = 4 * 1024 * 1024
+PIXELS_PER_CALL = 1024 * 1024
 
 
 class LatentCodec:
@@ -49,10 +49,11 @@ class LatentCodec:
                 f"expected pixels (B, 3, H, W) with H and W multiples of {DOWNSCALE}, got {tuple(pixels.shape)}"
             )
         chunks = pixels.split(max(1, PIXELS_PER_CALL // pixels[0, 0].numel()))
-        modes = [
-            self.vae.encode(chunk.to(self.vae.dtype, memory_format=self.memory_format)).latent_dist.mode()
-            for chunk in chunks
-        ]
+        with _without_autocast(pixels):
+            modes = [
+                self.vae.encode(chunk.to(self.vae.dtype, memory_format=self.memory_format)).latent_dist.mode()
+                for chunk in chunks
+            ]
         return (torch.cat(modes).float().contiguous() - self.shift_factor) * self.scaling_factor
 
     @torch.no_grad()
@@ -74,7 +75,7 @@ class LatentCodec:
         found: list[list[torch.Tensor]] = [[] for _ in blocks]
 
         def keep(store: list[torch.Tensor], output: torch.Tensor) -> None:
-            with torch.autocast(output.device.type, enabled=False):
+            with _without_autocast(output):
                 store.append(F.group_norm(output, groups))
 
         handles = [
@@ -100,11 +101,17 @@ class LatentCodec:
         """
         z = latents.float() / self.scaling_factor + self.shift_factor
         chunks = z.split(max(1, PIXELS_PER_CALL // (DOWNSCALE**2 * z[0, 0].numel())))
-        pixels = [
-            self.vae.decode(chunk.to(self.vae.dtype, memory_format=self.memory_format)).sample.float().contiguous()
-            for chunk in chunks
-        ]
+        with _without_autocast(z):
+            pixels = [
+                self.vae.decode(chunk.to(self.vae.dtype, memory_format=self.memory_format)).sample.float().contiguous()
+                for chunk in chunks
+            ]
         return torch.cat(pixels)
+
+
+def _without_autocast(tensor: torch.Tensor) -> torch.autocast:
+    """Returns a context where a tensor lies; the norms that autocast computes in float32 would nearly double the VAE's memory."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def feature_channels(vae: AutoencoderKL) -> list[int]:

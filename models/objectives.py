@@ -127,7 +127,8 @@ class Diffusion:
     ) -> LatentEstimate:
         """Returns the weighted squared error of the velocity (SD3, equation 8 in its rectified form), (B,), and the data that it points to."""
         _check_shapes(condition_latents, target_latents)
-        sigmas = flow.sample_sigmas(shift=self.shift, generators=generator, **self.density).to(target_latents.device)
+        sigmas = flow.sample_sigmas(shift=self.shift, generators=generator, **self.density)
+        sigmas = _sent(sigmas, target_latents.device)
         noise = _noise_like(target_latents, generator)
         noisy = flow.add_noise(target_latents, noise, sigmas)
         model_pred = self._velocity(transformer, condition_latents, noisy, sigmas, prompt)
@@ -210,7 +211,15 @@ def call_transformer(
 
 
 def _noise_like(latents: torch.Tensor, generator: Sequence[torch.Generator]) -> torch.Tensor:
-    return randn_tensor(tuple(latents.shape), generator=list(generator), device=latents.device, dtype=torch.float32)
+    noise = randn_tensor(
+        tuple(latents.shape), generator=list(generator), device=torch.device("cpu"), dtype=torch.float32
+    )
+    return _sent(noise, latents.device)
+
+
+def _sent(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Returns values on the device; a GPU gets them without the host waiting for the work before them."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def _check_shapes(condition_latents: torch.Tensor, target_latents: torch.Tensor) -> None:

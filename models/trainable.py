@@ -21,6 +21,7 @@ from utils.config import Config
 from utils.errors import InputError
 
 ADAPTER_FOLDER_NAME = "adapter"
+MIN_8BIT_EPSILON = 1e-6
 
 
 def build_trainable(
@@ -81,6 +82,11 @@ def check_settings(config: Config) -> None:
     if config.weights == "bf16" and config.data_type == "fp16":
         raise InputError(
             "weights: bf16 does not go with data_type: fp16, whose gradients are scaled; use data_type: bf16"
+        )
+    if config.optimizer == "adamw_8bit" and config.adam_epsilon < MIN_8BIT_EPSILON:
+        raise InputError(
+            f"optimizer: adamw_8bit rounds small second moments to 0, and divides by adam_epsilon alone there: {config.adam_epsilon:g} "
+            f"would make updates of thousands of times the rate; set adam_epsilon to {MIN_8BIT_EPSILON:g} or more"
         )
     if config.mask_decoder_path is not None and config.mask_decoder == "vae":
         raise InputError(

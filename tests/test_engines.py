@@ -200,12 +200,23 @@ def test_a_launch_file_that_disagrees_is_refused(
         build_accelerator(Config(data_type="fp32"))
 
 
+def test_fp16_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from utils.config import Config
+    from utils.engine import build_accelerator
+    from utils.errors import InputError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="data_type: fp16 needs a GPU; use bf16 or fp32 on this machine"):
+        build_accelerator(Config(data_type="fp16"))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu is 8, train_batch_size is 4"),
         ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps is 1, gradient_accumulation_steps is 2"),
         ({"gradient_clipping": 0.5}, "gradient_clipping is 0.5, max_grad_norm is 1.0"),
+        ({"train_batch_size": 64}, "train_batch_size is 64, train_batch_size times .* is 8; write auto"),
         ({"fp16": {"enabled": True}}, "fp16 is true, data_type is bf16"),
         ({"bf16": {"enabled": False}}, "bf16 is false, data_type is bf16"),
     ],

@@ -242,6 +242,51 @@ def test_a_disk_that_is_too_small_is_told_before_the_cache_is_written(
     assert cache.missing_shards() == [0, 1]
 
 
+def test_two_runs_may_fill_one_cache_at_a_time(make_cache: MakeCache) -> None:
+    first, second = make_cache(), make_cache()
+    first.claim()
+    second.claim()
+    filled = []
+
+    def meanwhile(images: torch.Tensor) -> torch.Tensor:
+        if not filled:
+            filled.append(True)
+            fill(second, READER, encode_images, encode_labels, batch_size=2)
+        return encode_images(images)
+
+    fill(first, READER, meanwhile, encode_labels, batch_size=2)
+    assert first.missing_shards() == []
+    assert sorted(path.suffix for path in first.folder.iterdir()) == [".json", ".safetensors", ".safetensors"]
+
+
+def test_a_shard_whose_other_writer_was_faster_is_left_as_it_is(
+    make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = make_cache()
+    fill_up(cache)
+    tensors = (torch.zeros(4, 6, 3, 32, 32), torch.zeros(4, 2, 1, 32, 32), torch.zeros(4, 2, 32, 32, dtype=torch.uint8))
+    before, save_file = cache.shard_path(0).read_bytes(), latent_cache.save_file
+
+    def tidied_up(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        save_file(tensors, path)
+        path.unlink()
+
+    monkeypatch.setattr(latent_cache, "save_file", tidied_up)
+    cache.write_shard(0, *tensors)
+    assert cache.shard_path(0).read_bytes() == before
+    cache.shard_path(0).unlink()
+    with pytest.raises(InputError, match="cannot be written"):
+        cache.write_shard(0, *tensors)
+
+
+def test_what_a_kill_left_half_written_does_not_make_the_folder_another_ones(make_cache: MakeCache) -> None:
+    cache = make_cache()
+    cache.folder.mkdir()
+    (cache.folder / "cache-1234.part").write_bytes(b"half")
+    fill_up(cache)
+    assert not list(cache.folder.glob("*.part"))
+
+
 def test_a_disk_that_fills_up_while_caching_leaves_what_is_whole(
     make_cache: MakeCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -164,3 +164,13 @@ def test_cutmix_mixes_its_share_and_repeats_itself() -> None:
     other = cut_and_mix({**make_batch(), "epoch": [4] * 64}, 0.5, seed=1)
     assert not other["label"].equal(mixed["label"])
     assert cut_and_mix(batch, 0.0, seed=1)["label"].equal(batch["label"])
+
+
+def test_the_vae_keeps_its_own_precision_under_autocast() -> None:
+    codec = LatentCodec(make_vae())
+    pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = codec.encode(pixels)
+    decoded = codec.decode(latents)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert codec.encode(pixels).equal(latents)
+        assert codec.decode(latents).equal(decoded)

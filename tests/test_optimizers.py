@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from models.folding import fold
+from models.trainable import MIN_8BIT_EPSILON
 from tests.conftest import make_prompt, make_transformer
 from utils.config import Config
 from utils.errors import InputError
 from utils.optimizers import build_optimizer, set_rate
-from utils.tensors import load_optimizer, save_optimizer
+from utils.tensors import gather_optimizer, load_optimizer, save_optimizer
 
 CONFIG = Config(adam_epsilon=1e-8)
 CHOICES = [("adamw", "fp32"), ("adamw", "bf16"), ("adamw_8bit", "fp32"), ("adamw_8bit", "bf16")]
@@ -76,6 +77,25 @@ def test_every_choice_trains_and_its_state_survives_a_file(optimizer: str, weigh
     torch.testing.assert_close(copy.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("fused", "device"), [(True, "meta"), (False, "cpu")])
+def test_the_step_count_is_read_to_where_the_optimiser_wants_it(fused: bool, device: str, tmp_path: Path) -> None:
+    model, first = build("adamw", "fp32")
+    step(model, first, 0)
+    save_optimizer(first, model.named_parameters(), tmp_path / "state.safetensors")
+    copy = Model(torch.float32).to("meta")  # stands for a GPU, where a fused update reads the count on the device
+    second = torch.optim.AdamW(copy.parameters())
+    second.param_groups[0]["fused"] = fused
+    load_optimizer(second, copy.named_parameters(), tmp_path / "state.safetensors")
+    assert second.state[copy.small.bias]["step"].device.type == device
+
+
+def test_only_the_process_that_saves_keeps_the_state() -> None:
+    model, optimizer = build("adamw", "fp32")
+    step(model, optimizer, 0)
+    assert gather_optimizer(optimizer, model.named_parameters(), keep=False) == {}
+    assert len(gather_optimizer(optimizer, model.named_parameters())) == 3 * 4
+
+
 @pytest.mark.parametrize("weights", ["fp32", "bf16"])
 def test_8_bit_moments_take_a_quarter(weights: str) -> None:
     model, optimizer = build("adamw_8bit", weights)
@@ -84,6 +104,25 @@ def test_8_bit_moments_take_a_quarter(weights: str) -> None:
     codes, _, _ = (getattr(state["exp_avg"], name) for name in ("codes", "scale", "qmap"))
     assert codes.dtype == torch.uint8
     assert codes.numel() == model.large.weight.numel()
+
+
+def test_an_8_bit_update_with_the_smallest_epsilon_allowed_is_a_few_rates_at_most() -> None:
+    pytest.importorskip("torchao")
+    weight = torch.nn.Parameter(torch.zeros(64, 256))
+    model = torch.nn.ParameterDict({"weight": weight})
+    optimizer = build_optimizer(
+        model, replace(CONFIG, optimizer="adamw_8bit", adam_epsilon=MIN_8BIT_EPSILON), learning_rate := 1e-4
+    )
+    torch.manual_seed(0)
+    # Gradients of very different scales, as in a clipped fine-tune of billions of weights.
+    scales = 2e-5 * torch.randn(64, 256).mul(1.5).exp()
+    largest = 0.0
+    for _ in range(30):
+        before = weight.detach().clone()
+        weight.grad = scales * torch.randn(64, 256)
+        optimizer.step()
+        largest = max(largest, (weight.detach() - before).abs().max().item())
+    assert largest < 10 * learning_rate
 
 
 def test_updates_that_bf16_cannot_resolve_still_move_the_weights_on_average() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from models.base import load_transformer
+from models.folding import fold
+from models.lora import add_lora
 from models.pipeline import TransparencySegmentationPipeline
 from models.trainable import build_trainable, check_settings, load_trained
-from tests.conftest import Launch, make_prompt, make_vae
+from tests.conftest import Launch, make_prompt, make_transformer, make_vae
 from tests.test_training import WEIGHTS
 from utils.checkpoints import export, load_pipeline
 from utils.config import Config
@@ -166,12 +170,22 @@ def test_dropped_rows_stay_dropped_at_inference(
             "fold_conditioning: trainable: lora keeps the base's layers",
         ),
         ({"prediction": "velocity", "objective": "diffusion"}, "prediction: velocity is for objective: end_to_end"),
+        (
+            {"optimizer": "adamw_8bit", "adam_epsilon": 1e-15},
+            "optimizer: adamw_8bit rounds small second moments to 0.* set adam_epsilon to 1e-06",
+        ),
         ({"weights": "bf16", "data_type": "fp16"}, "weights: bf16 does not go with data_type: fp16"),
     ],
 )
 def test_settings_at_odds_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         check_settings(replace(Config(), **changes))
+
+
+def test_adapters_without_their_library_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(InputError, match=r"trainable: lora needs peft; pip install -r requirements-memory.txt"):
+        add_lora(make_transformer(), 4, Config().lora_targets)
 
 
 def test_weights_in_bf16_keep_folded_vectors_in_fp32(base: Path) -> None:
@@ -184,7 +198,16 @@ def test_weights_in_bf16_keep_folded_vectors_in_fp32(base: Path) -> None:
     assert kept == {name for name in dtypes if name.endswith(".vector") or ".rows." in name}
 
 
-@pytest.mark.parametrize("change", [{"fold_conditioning": "true"}, {"trainable": "lora"}, {"optimizer": "adamw_8bit"}])
+def test_folded_vectors_stay_in_fp32_when_a_checkpoint_is_loaded_in_half_precision(tmp_path: Path) -> None:
+    fold(make_transformer(), make_prompt(), 1000.0).save_pretrained(tmp_path / "transformer")
+    loaded = load_transformer(tmp_path, torch.bfloat16)
+    kept = {name for name, value in loaded.named_parameters() if value.dtype == torch.float32}
+    assert kept == {name for name, _ in loaded.named_parameters() if name.endswith(".vector") or ".rows." in name}
+
+
+@pytest.mark.parametrize(
+    "change", [{"fold_conditioning": "true"}, {"trainable": "lora"}, {"drop_zero_prompt_rows": "true"}]
+)
 def test_a_run_is_not_resumed_another_way(change: dict[str, object], flags: dict[str, object], launch: Launch) -> None:
     flags |= {"max_train_steps": 3, "val_steps": "null"}
     launch("trainer.py", flags)
@@ -192,6 +215,19 @@ def test_a_run_is_not_resumed_another_way(change: dict[str, object], flags: dict
     (name,) = change
     assert f"was trained with {name}: " in done.stderr
     assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
+
+
+def test_a_run_is_resumed_with_another_optimiser_which_starts_fresh(
+    flags: dict[str, object], launch: Launch, tmp_path: Path
+) -> None:
+    flags |= {"max_train_steps": 3, "val_steps": "null"}
+    launch("trainer.py", flags)
+    # As if it had been trained in bf16, which needs a library that is not in the tests' environment.
+    config = tmp_path / "run" / "checkpoints" / "checkpoint-3" / "config.yaml"
+    config.write_text(config.read_text().replace("weights: fp32", "weights: bf16"))
+    done = launch("trainer.py", {**flags, "resume_from_checkpoint": "latest", "max_train_steps": 6})
+    assert "the optimiser starts fresh, its state was written by optimizer: adamw with weights: bf16" in done.stdout
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-6").is_dir()
 
 
 def test_adapters_need_their_base(flags: dict[str, object], launch: Launch, tmp_path: Path, base: Path) -> None:

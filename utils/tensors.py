@@ -13,17 +13,25 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 NamedParameters = Iterable[tuple[str, torch.nn.Parameter]]
 
 
-def gather_optimizer(optimizer: torch.optim.Optimizer, named_parameters: NamedParameters) -> dict[str, torch.Tensor]:
+def gather_optimizer(
+    optimizer: torch.optim.Optimizer, named_parameters: NamedParameters, keep: bool = True
+) -> dict[str, torch.Tensor]:
     """Returns the optimiser's per-parameter state as whole tensors on the CPU, `<parameter>/<entry>`.
 
     Called by all processes together where an engine shards the parameters.
+
+    Args:
+        optimizer: whose state it is.
+        named_parameters: of the model.
+        keep: whether this process is one that needs it; others take part and return nothing, to spare the host's memory.
     """
     tensors = {}
     for name, parameter in named_parameters:
         for entry, value in optimizer.state.get(parameter, {}).items():
             for part, tensor in _parts(value):
                 whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-                tensors[f"{name}/{entry}{part}"] = whole.detach().cpu().contiguous()
+                if keep:
+                    tensors[f"{name}/{entry}{part}"] = whole.detach().cpu().contiguous()
     return tensors
 
 
@@ -39,6 +47,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, named_parameters: NamedPara
         ValueError: if a tensor belongs to no parameter, or has another shape, or if the state is another optimiser's.
     """
     parameters = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
+    # torch keeps the step count on the CPU, but for optimisers that update all tensors of a group on the device at once.
+    on_device = {
+        id(parameter)
+        for group in optimizer.param_groups
+        if group.get("fused") or group.get("capturable")
+        for parameter in group["params"]
+    }
     tensors = load_file(path)
     if tensors and (missing := parameters.keys() - {key.rsplit("/", 1)[0] for key in tensors}):
         raise ValueError(f"no optimiser state for {len(missing)} parameters, {min(missing)} among them")
@@ -62,8 +77,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, named_parameters: NamedPara
         elif value.ndim and isinstance(parameter, DTensor):
             state[entry] = distribute_tensor(value, parameter.device_mesh, parameter.placements)
         else:
-            # A scalar (the step count) stays on the CPU, where torch keeps it.
-            state[entry] = value.to(parameter.device) if value.ndim else value
+            state[entry] = value.to(parameter.device) if value.ndim or id(parameter) in on_device else value
 
 
 def _parts(value: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -44,10 +44,9 @@ def find_resumed(config: Config) -> Path | None:
     for name in (
         "trainable",
         "prediction",
-        "weights",
         "mask_decoder",
         "fold_conditioning",
-        "optimizer",
+        "drop_zero_prompt_rows",
         "lora_rank",
         "lora_targets",
     ):
@@ -141,9 +140,12 @@ def save_training(
     sharded = uses_deepspeed(accelerator)
     if sharded:
         transformer.save_checkpoint(str(partial / checkpoints.ENGINE_FOLDER_NAME), tag="state")
-    optimizer_state = None if sharded else gather_optimizer(optimizer.optimizer, bare.named_parameters())
+    keep = accelerator.is_main_process
+    optimizer_state = None if sharded else gather_optimizer(optimizer.optimizer, bare.named_parameters(), keep)
     with average.in_place() if average else nullcontext() as raw_weights:
         state_dict = accelerator.get_state_dict(transformer)
+        if sharded:
+            (raw_weights if raw_weights is not None else state_dict or {}).update(_masters(bare, keep))
         if accelerator.is_main_process:
             checkpoints.write_checkpoint(
                 partial,
@@ -160,6 +162,22 @@ def save_training(
     if accelerator.is_main_process:
         checkpoints.publish_checkpoint(config.output_dir, state.global_step, config.checkpoints_total_limit)
     accelerator.wait_for_everyone()
+
+
+def _masters(model: torch.nn.Module, keep: bool) -> dict[str, torch.Tensor]:
+    """Returns DeepSpeed's fp32 weights, whole and on the CPU, of which the model itself holds roundings to half precision.
+
+    Called by all processes together; those that do not `keep` them take part and return nothing.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    masters = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            whole = safe_get_full_fp32_param(parameter)
+            if keep and whole is not None:
+                masters[name] = whole.detach().float().cpu().reshape(getattr(parameter, "ds_shape", parameter.shape))
+    return masters
 
 
 def restore_raw_weights(checkpoint: Path, transformer: torch.nn.Module) -> None:
@@ -197,14 +215,21 @@ def _resuming_from(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: cannot be resumed from ({first_line(error)}); use another checkpoint") from error
 
 
-def restore_optimizer(accelerator: Accelerator, checkpoint: Path, transformer: Any, optimizer: Any) -> None:
-    """Reads the optimiser's state of a checkpoint, where the engine has the same form of it; else warns.
+def restore_optimizer(
+    accelerator: Accelerator, config: Config, checkpoint: Path, transformer: Any, optimizer: Any
+) -> None:
+    """Reads the optimiser's state of a checkpoint, where engine and optimiser have the same form of it; else warns.
 
     Raises:
         InputError: naming the file that cannot be read.
     """
     state, engine = checkpoints.read_state(checkpoint), engine_name(accelerator)
-    if state.engine != engine or (uses_deepspeed(accelerator) and state.num_processes != accelerator.num_processes):
+    trained = checkpoints.read_config(checkpoint)
+    if (trained.optimizer, trained.weights) != (config.optimizer, config.weights):
+        accelerator.print(
+            f"warning: the optimiser starts fresh, its state was written by optimizer: {trained.optimizer} with weights: {trained.weights}"
+        )
+    elif state.engine != engine or (uses_deepspeed(accelerator) and state.num_processes != accelerator.num_processes):
         accelerator.print(
             f"warning: the optimiser starts fresh, its state was written by {state.engine} with {state.num_processes} processes"
         )
