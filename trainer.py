@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from torch.utils.data import DataLoader
 
 from dataset.sampling import BatchStream, resumed_batch
-from dataset.trans10k import LAYOUTS, PairDataset, Scan, collate, prepare_worker, scan
+from dataset.trans10k import PairDataset, Scan, collate, layout_of, prepare_worker, scan
 from models.attention import use_plain_attention
 from models.base import DTYPES, load_prompt, load_vae, resolve_base
 from models.latents import LatentBatches, cut_and_mix
@@ -29,7 +29,7 @@ from utils.ema import MovingAverage
 from utils.engine import build_accelerator, clip_gradients, engine_name
 from utils.errors import InputError, InterruptedRunError, keep_until_exit, run_command
 from utils.evaluation import evaluate
-from utils.metrics import best_threshold, summarise
+from utils.metrics import best_threshold, iou_curves, summarise
 from utils.monitor import TrainingMonitor
 from utils.optimizers import build_optimizer, set_rate
 from utils.plan import TrainingPlan
@@ -173,7 +173,7 @@ class Trainer:
         self.pipeline.vae.to(self.accelerator.device)
         self.transformer.eval()
         with self.average.in_place() if self.average else nullcontext(), self.accelerator.autocast():
-            scores, curves = evaluate(
+            found = evaluate(
                 self.pipeline,
                 self.validation_data,
                 self.accelerator,
@@ -185,9 +185,9 @@ class Trainer:
             )
         self.transformer.train()
         self.pipeline.vae.to(vae_device)
-        summary = summarise(scores)
+        summary = summarise(found.scores)
         # One process decides: saving is collective, and a shared disk may show each process another state.
-        threshold, _ = best_threshold(curves)
+        threshold, _ = best_threshold(iou_curves(found.histograms))
         best = checkpoints.read_best(self.config.output_dir)
         if broadcast_object_list([best is None or summary["iou"] > best["iou"]])[0]:
             self._save()
@@ -254,7 +254,8 @@ class Trainer:
         accelerator.print(f"{self.plan}{resuming}{'' if remaining else '; nothing is left to train'}")
 
     def _load_data(self, train: Scan, validation: Scan | None) -> None:
-        config, reader = self.config, LAYOUTS[self.config.dataset_name].read_label
+        config = self.config
+        reader = layout_of(config.dataset_name, config.palette).read_label
         if config.latent_cache == "disk":
             if self.pipeline.mask_decoder is not None and self.pipeline.mask_decoder.takes_features:
                 raise InputError(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dataset.trans10k import LAYOUTS, PairDataset, scan
+from dataset.trans10k import PairDataset, layout_of, scan
 from models.attention import use_plain_attention
 from models.base import DTYPES, check_resolution
 from models.pipeline import TransparencySegmentationPipeline
@@ -20,7 +20,17 @@ from utils.engine import build_accelerator
 from utils.errors import InputError, run_command
 from utils.evaluation import evaluate
 from utils.metrics import summarise
-from utils.report import BackgroundPngWriter, format_table, replace_folder, write_scores
+from utils.page import PAGE_FILE_NAME, write_page
+from utils.protocols import calibration
+from utils.report import (
+    BackgroundPngWriter,
+    format_protocols,
+    format_table,
+    replace_folder,
+    write_evaluation,
+    write_scores,
+)
+from utils.scoring import Scorer, intervals
 from utils.signals import StopRequests
 
 
@@ -50,6 +60,21 @@ def check_flags(config: Config, flags: frozenset[str], trained: Config, checkpoi
             )
 
 
+def check_classes(config: Config, trained: Config) -> None:
+    """Compares what the masks to score by tell with what the checkpoint was trained to tell.
+
+    Raises:
+        InputError: if these are other classes.
+    """
+    found, learnt = (layout_of(each.dataset_name, each.palette).palette for each in (config, trained))
+    if found != learnt:
+        told = [" ".join(palette.names) if palette else "glass or not" for palette in (found, learnt)]
+        raise InputError(
+            f"dataset_name: {config.dataset_name} tells {told[0]}, the checkpoint was trained to tell {told[1]} "
+            f"(dataset_name: {trained.dataset_name}); score it on masks of these"
+        )
+
+
 def choose_checkpoint(config: Config, flags: frozenset[str]) -> Path:
     """Returns the checkpoint to score: where a file, not a flag, asks for the best and nothing was validated, the latest.
 
@@ -62,6 +87,13 @@ def choose_checkpoint(config: Config, flags: frozenset[str]) -> Path:
     return checkpoints.find_checkpoint(config.output_dir, name, "load_checkpoint")
 
 
+def chosen_on(config: Config, checkpoint: Path) -> str:
+    """Returns where the threshold comes from: `configuration`, `validation`, or `default` where nothing was validated."""
+    if config.threshold != "validation":
+        return "configuration"
+    return "default" if checkpoints.read_best(checkpoint.parent.parent) is None else "validation"
+
+
 def main() -> None:
     """Command line of the inference."""
     config, flags = parse_config(sys.argv[1:], __doc__ or "")
@@ -69,8 +101,11 @@ def main() -> None:
     checkpoint = choose_checkpoint(config, flags)
     trained = checkpoints.read_config(checkpoint)
     check_flags(config, flags, trained, checkpoint)
-    settings = {name: getattr(config, name) for name in ("denoise_steps", "ensemble_size", "tta")}
+    check_classes(config, trained)
+    layout = layout_of(config.dataset_name, config.palette)
+    settings = {name: getattr(config, name) for name in ("denoise_steps", "ensemble_size", "tta", "tile_size")}
     settings["threshold"] = checkpoints.chosen_threshold(config, checkpoint)
+    scorer = Scorer(config.protocol, config.score_sizes, layout, settings["threshold"])
     found = scan(
         config.dataset_name,
         config.dataset_path,
@@ -88,7 +123,7 @@ def main() -> None:
         pipeline: TransparencySegmentationPipeline = checkpoints.load_pipeline(
             checkpoint, DTYPES[config.data_type], config.compile
         )
-    check_resolution(resolution, pipeline.transformer)
+    check_resolution(min(resolution, config.tile_size or resolution), pipeline.transformer)
     pipeline.to(accelerator.device)
     if accelerator.device.type == "cpu" and not config.compile:
         use_plain_attention(pipeline.transformer)
@@ -105,15 +140,16 @@ def main() -> None:
     accelerator.wait_for_everyone()
     try:
         with BackgroundPngWriter(partial) as write:
-            scores, _ = evaluate(
+            found_scores = evaluate(
                 pipeline,
-                PairDataset(found.pairs, LAYOUTS[config.dataset_name].read_label, resolution),
+                PairDataset(found.pairs, layout.read_label, resolution),
                 accelerator,
                 batch_size=config.test_batch_size,
                 seed=config.seed,
                 num_workers=config.dataloader_num_workers,
                 settings=settings,
                 write=write,
+                scorer=scorer,
                 poll_stop=stop.poll,
                 description=f"test {config.test_difficulty}",
             )
@@ -122,14 +158,24 @@ def main() -> None:
         raise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        scores = found_scores.scores
         summary = summarise(scores)
+        evaluation = {
+            "threshold": {"value": settings["threshold"], "chosen_on": chosen_on(config, checkpoint)},
+            "intervals": intervals(scores),
+            "calibration": calibration(found_scores.histograms.sum(axis=0)),
+            "protocols": scorer.summarise(found_scores.records),
+        }
         write_scores(partial, summary, scores)
+        write_evaluation(partial, evaluation, found_scores.histograms)
         details = {"checkpoint": str(checkpoint), "objective": trained.objective, "resolution": resolution}
         details |= {"data_type": config.data_type, "seed": config.seed, **settings}
         (partial / "inference.json").write_text(json.dumps(details, indent=2) + "\n", encoding="utf-8")
+        write_page(partial, f"{Path(config.output_dir).name}, {final.name}")
         replace_folder(partial, final)
         print(format_table(summary, config.test_difficulty))
-        print(f"pictures and scores: {final}")
+        print(format_protocols(evaluation["protocols"]))
+        print(f"pictures and scores: {final}; look at them in {final / PAGE_FILE_NAME}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -8,6 +8,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,19 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from dataset.codecs import LabelReader, read_nonzero_label, read_trans10k_label
+from dataset.codecs import (
+    THINGS_STUFF,
+    TRANS10K_V2,
+    Codec,
+    LabelReader,
+    Palette,
+    build_codec,
+    read_class_ids,
+    read_coloured_classes,
+    read_nonzero_label,
+    read_trans10k_classes,
+    read_trans10k_label,
+)
 from dataset.transforms import augment, read_image, read_label
 from utils.errors import InputError, first_line
 from utils.seeding import Stream, numpy_generator
@@ -29,11 +42,21 @@ MAX_NAMES_IN_MESSAGE = 8
 
 @dataclass(frozen=True)
 class Layout:
-    """One kind of data set: its folders, how its mask files are read, and the name of its labels' codec."""
+    """One kind of data set: its folders, how its mask files are read, and its classes, if it tells more than glass or not."""
 
     difficulties: tuple[str, ...]
     read_label: LabelReader
-    codec: str
+    palette: Palette | None = None
+    masks_folder: str = "masks"
+
+    @property
+    def codec(self) -> str:
+        """The name of its labels' codec."""
+        return "palette" if self.palette else "binary"
+
+    def build_codec(self) -> Codec:
+        """Returns its labels' codec."""
+        return build_codec(self.codec, self.palette)
 
     def folders(self, root: Path, split: str, difficulty: str) -> list[tuple[str, Path]]:
         """Returns (difficulty, folder) for each folder that a split is read from."""
@@ -46,9 +69,32 @@ class Layout:
 
 
 LAYOUTS = {
-    "trans10k": Layout(("easy", "hard"), read_trans10k_label, "binary"),
-    "folder": Layout((), read_nonzero_label, "binary"),
+    "trans10k": Layout(("easy", "hard"), read_trans10k_label),
+    "trans10k_classes": Layout(("easy", "hard"), read_trans10k_classes, THINGS_STUFF),
+    "trans10k_v2": Layout(
+        ("easy", "hard"), partial(read_class_ids, num_classes=len(TRANS10K_V2.names)), TRANS10K_V2, "masks_12"
+    ),
+    "folder": Layout((), read_nonzero_label),
 }
+
+
+def layout_of(dataset_name: str, palette: str | Path | None = None) -> Layout:
+    """Returns a data set's layout.
+
+    Args:
+        dataset_name: a key of `LAYOUTS`.
+        palette: file of the classes' colours in the masks of a `folder`, see `Palette.from_file`.
+
+    Raises:
+        InputError: if the palette cannot be read or belongs to another layout.
+    """
+    layout = LAYOUTS[dataset_name]
+    if palette is None:
+        return layout
+    if dataset_name != "folder":
+        raise InputError(f"palette: is for dataset_name: folder; {dataset_name} has its own classes; leave it out")
+    classes = Palette.from_file(Path(palette))
+    return replace(layout, read_label=partial(read_coloured_classes, palette=classes), palette=classes)
 
 
 @dataclass(frozen=True)
@@ -115,7 +161,7 @@ def scan(
     pairs = [
         pair
         for name, folder in layout.folders(root, split, difficulty)
-        for pair in _pairs_in(folder, name, dataset_name)
+        for pair in _pairs_in(folder, name, dataset_name, layout.masks_folder)
     ]
     if not pairs:
         raise InputError(
@@ -205,9 +251,9 @@ def prepare_worker(worker: int) -> None:
     cv2.setNumThreads(0)
 
 
-def _pairs_in(folder: Path, difficulty: str, dataset_name: str) -> Iterator[Pair]:
+def _pairs_in(folder: Path, difficulty: str, dataset_name: str, masks_folder: str) -> Iterator[Pair]:
     images = _files_by_stem(folder / "images", IMAGE_SUFFIXES, dataset_name)
-    masks = _files_by_stem(folder / "masks", MASK_SUFFIXES, dataset_name)
+    masks = _files_by_stem(folder / masks_folder, MASK_SUFFIXES, dataset_name)
     lonely_images = []
     for stem in sorted(images):
         mask_path = masks.pop(f"{stem}_mask", None) or masks.pop(stem, None)
@@ -216,8 +262,8 @@ def _pairs_in(folder: Path, difficulty: str, dataset_name: str) -> Iterator[Pair
         else:
             yield Pair(stem, difficulty, images[stem], mask_path)
     for what, where, names in (
-        ("pictures have no mask in masks", "images", lonely_images),
-        ("masks have no picture in images", "masks", sorted(path.name for path in masks.values())),
+        (f"pictures have no mask in {masks_folder}", "images", lonely_images),
+        ("masks have no picture in images", masks_folder, sorted(path.name for path in masks.values())),
     ):
         if names:
             more = f" and {len(names) - MAX_NAMES_IN_MESSAGE} more" if len(names) > MAX_NAMES_IN_MESSAGE else ""

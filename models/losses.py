@@ -63,7 +63,7 @@ def weighted_losses(
 
     Args:
         estimate: of the objective.
-        labels: (B, H, W) in {0, 1}, on its device.
+        labels: (B, H, W), on its device; any but 0 is glass.
         read_logits: latents (B, C, h, w) to logits (B, H, W) of the mask, with their gradient; not called at weight 0.
         latent_weight: of the latent loss.
         pixel_weight: of the pixel loss.
@@ -72,5 +72,5 @@ def weighted_losses(
     loss = latent_weight * estimate.latent_loss
     if not pixel_weight:
         return {"loss": loss, "latent_loss": estimate.latent_loss}
-    pixel_loss = segmentation_loss(read_logits(estimate.clean_latents), labels.float(), edge_weight)
+    pixel_loss = segmentation_loss(read_logits(estimate.clean_latents), (labels > 0).float(), edge_weight)
     return {"loss": loss + pixel_weight * pixel_loss, "latent_loss": estimate.latent_loss, "pixel_loss": pixel_loss}

@@ -257,6 +257,10 @@ def main() -> None:
     if min(arguments.width, arguments.steps, arguments.batch_size) < 1 or arguments.width % GROUPS or arguments.lr <= 0:
         raise InputError(f"--width must be a multiple of {GROUPS}; --steps, --batch_size and --lr must be positive")
     layout = LAYOUTS[given["dataset_name"]]
+    if layout.palette:
+        raise InputError(
+            f"--dataset_name {given['dataset_name']}: a light mask decoder tells glass or not, these masks tell classes"
+        )
     pairs = scan(
         given["dataset_name"], given["dataset_path"], "train", mismatched_pairs=given["mismatched_pairs"]
     ).pairs

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from diffusers import (
 )
 from diffusers.utils import BaseOutput
 
-from dataset.codecs import build_codec
+from dataset.codecs import Palette, build_codec
 from models.latents import DOWNSCALE, LatentCodec
 from models.mask_decoder import LightMaskDecoder
 from models.objectives import build_objective
@@ -23,6 +25,7 @@ from models.prompt import EmptyPrompt
 from utils.seeding import Stream, torch_generator
 
 DEFAULT_BATCH_SIZE = 4
+TILE_OVERLAP = 0.25  # of a tile's side, at least
 # Test-time augmentation: (flipped, scale) of each view of a picture whose predictions are averaged.
 VIEWS: dict[str, tuple[tuple[bool, float], ...]] = {
     "none": ((False, 1.0),),
@@ -40,6 +43,7 @@ class SegmentationOutput(BaseOutput):
             mask decoder it is grey, the probability of glass.
         soft: (B, H, W), float32 in [0, 1]: the codec's reading of `predictions`.
         masks: (B, H, W), uint8 in {0, 1}: where `soft` exceeds the threshold.
+        classes: (B, H, W), uint8: the class of each pixel of the masks, 0 outside; the masks themselves where there is but one.
         uncertainty: (B, H, W), float32: the standard deviation over the soft predictions of members and views, or None
             where there is but one by nature: a deterministic objective, without `tta`.
     """
@@ -47,6 +51,7 @@ class SegmentationOutput(BaseOutput):
     predictions: torch.Tensor
     soft: torch.Tensor
     masks: torch.Tensor
+    classes: torch.Tensor
     uncertainty: torch.Tensor | None
 
 
@@ -60,7 +65,8 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         prompt: the empty prompt that the transformer was trained with.
         mask_decoder: decodes predicted latents in the VAE's place, where the transformer was trained with one.
         objective: a key of `models.objectives.OBJECTIVES`.
-        codec: a key of `dataset.codecs.CODECS`.
+        codec: one of `dataset.codecs.CODECS`.
+        palette: of the palette codec, as `Palette.to_dict` gives it.
         resolution: side in pixels that the transformer was trained at.
         threshold: default for a call.
         denoise_steps: default for a call.
@@ -85,6 +91,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         mask_decoder: LightMaskDecoder | None = None,
         objective: str = "end_to_end",
         codec: str = "binary",
+        palette: Mapping[str, Any] | None = None,
         resolution: int = 1024,
         threshold: float = 0.5,
         denoise_steps: int = 20,
@@ -110,6 +117,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         self.register_to_config(
             objective=objective,
             codec=codec,
+            palette=palette,
             resolution=resolution,
             threshold=threshold,
             denoise_steps=denoise_steps,
@@ -119,7 +127,8 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         )
         self.objective = build_objective(objective, settings, scheduler.config.shift)
         self.latent_codec = LatentCodec(vae)
-        self.codec = build_codec(codec)
+        self.palette = Palette.from_dict(palette) if palette else None
+        self.codec = build_codec(codec, self.palette)
 
     @property
     def vae_device(self) -> torch.device:
@@ -178,6 +187,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         ensemble_size: int | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
         tta: str | None = None,
+        tile_size: int | None = None,
     ) -> SegmentationOutput:
         """Predicts masks for a batch of pictures of one size.
 
@@ -190,6 +200,8 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
             ensemble_size: members; None: the pipeline's. No effect on a deterministic objective.
             batch_size: members per forward pass.
             tta: a key of `VIEWS`: which views of each picture vote, as the members of an ensemble do; None: the pipeline's.
+            tile_size: a multiple of 16; what is longer is predicted in overlapping tiles of this side, blended without seams.
+                None: whole.
 
         Returns:
             Predictions, soft masks, masks and uncertainty on the CPU, in the order of the pictures.
@@ -208,6 +220,8 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         tta = self.config.tta if tta is None else tta
         if tta not in VIEWS:
             raise ValueError(f"unknown tta {tta!r}; valid: {', '.join(VIEWS)}")
+        if tile_size is not None and (tile_size < side or tile_size % side):
+            raise ValueError(f"tile_size {tile_size} must be a multiple of {side}")
         if not 0 <= threshold <= 1 or min(steps, members, batch_size) < 1:
             raise ValueError(
                 f"threshold {threshold} must lie in [0, 1], denoise_steps {steps}, ensemble_size {members} and batch_size "
@@ -222,10 +236,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
                 images.float(), [max(1, round(length * scale / side)) * side for length in images.shape[2:]]
             )
             view = view.flip(-1) if flipped else view
-            chunks = [slice(start, start + batch_size) for start in range(0, len(view), batch_size)]
-            pixels = torch.cat(
-                [self._predict(view[chunk], generators[chunk], members, steps, batch_size) for chunk in chunks]
-            )
+            pixels = self._predict_tiles(view, generators, members, steps, batch_size, tile_size)
             pixels = _resized(pixels.flip(-1) if flipped else pixels, list(images.shape[2:]))
             views.append(pixels.unflatten(0, (len(images), members)))
         for group in torch.cat(views, dim=1):  # (views x members, 3, H, W) of a picture
@@ -233,13 +244,42 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
             predictions.append((group.mean(dim=0) + 1) / 2)
             soft.append(member_soft.mean(dim=0))
             uncertainty.append(member_soft.std(dim=0, correction=0))
-        soft_masks = torch.stack(soft)
+        soft_masks, pixels = torch.stack(soft), torch.stack(predictions)
+        masks = self.codec.quantise(soft_masks, threshold)
         return SegmentationOutput(
-            predictions=torch.stack(predictions),
+            predictions=pixels,
             soft=soft_masks,
-            masks=self.codec.quantise(soft_masks, threshold),
+            masks=masks,
+            classes=self.codec.classes(pixels * 2 - 1, masks),
             uncertainty=torch.stack(uncertainty) if self.objective.stochastic or len(views) > 1 else None,
         )
+
+    def _predict_tiles(
+        self,
+        images: torch.Tensor,
+        generators: Sequence[torch.Generator],
+        members: int,
+        steps: int,
+        batch_size: int,
+        tile_size: int | None,
+    ) -> torch.Tensor:
+        """Returns what `_predict` does, of tiles where a side is longer than one, each weighing less towards its edges."""
+        height, width = images.shape[2:]
+        rows, columns = (_tile_starts(length, tile_size or length) for length in (height, width))
+        total, weights = torch.zeros(len(images) * members, 3, height, width), torch.zeros(height, width)
+        for top, bottom in rows:
+            for left, right in columns:
+                tile = images[:, :, top:bottom, left:right]
+                chunks = [slice(start, start + batch_size) for start in range(0, len(tile), batch_size)]
+                pixels = torch.cat(
+                    [self._predict(tile[chunk], generators[chunk], members, steps, batch_size) for chunk in chunks]
+                )
+                if len(rows) == len(columns) == 1:
+                    return pixels
+                weight = _tent(bottom - top)[:, None] * _tent(right - left)
+                total[:, :, top:bottom, left:right] += weight * pixels
+                weights[top:bottom, left:right] += weight
+        return total / weights
 
     def _predict(
         self,
@@ -269,6 +309,21 @@ def _resized(pictures: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     if list(pictures.shape[2:]) == list(size):
         return pictures
     return F.interpolate(pictures, tuple(size), mode="bilinear", antialias=True, align_corners=False)
+
+
+def _tile_starts(length: int, tile_size: int) -> list[tuple[int, int]]:
+    """Returns (start, end) of the tiles along a side: evenly spread, neighbours sharing at least `TILE_OVERLAP` of a tile."""
+    if length <= tile_size:
+        return [(0, length)]
+    count = 1 + math.ceil((length - tile_size) / (tile_size * (1 - TILE_OVERLAP)))
+    starts = [round(number * (length - tile_size) / (count - 1)) for number in range(count)]
+    return [(start, start + tile_size) for start in starts]
+
+
+def _tent(length: int) -> torch.Tensor:
+    """Returns weights (length,) in (0, 1] that fall off linearly over a tile's overlap with its neighbours."""
+    distance = torch.minimum(torch.arange(1, length + 1), torch.arange(length, 0, -1)).float()
+    return (distance / max(1.0, TILE_OVERLAP * length)).clamp(max=1.0)
 
 
 def _one_per_picture(

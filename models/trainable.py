@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 
+from dataset.trans10k import layout_of
 from models.base import MASK_DECODER, check_prompt, check_resolution, load_transformer, widen_patch_projection
 from models.folding import fold, is_folded
 from models.lora import add_lora, load_lora, merge_lora
@@ -103,6 +104,10 @@ def check_settings(config: Config) -> None:
     if config.mask_decoder == "light" and not config.pixel_loss_weight:
         raise InputError(
             "mask_decoder: light is trained by the loss on pixels; set pixel_loss_weight above 0, or mask_decoder: vae"
+        )
+    if config.mask_decoder == "light" and layout_of(config.dataset_name, config.palette).palette:
+        raise InputError(
+            f"mask_decoder: light tells glass or not, the masks of dataset_name: {config.dataset_name} tell classes; use mask_decoder: vae"
         )
     if config.fold_conditioning and config.trainable == "lora":
         raise InputError(

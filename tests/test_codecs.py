@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,20 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from dataset.codecs import CODECS, BinaryCodec, build_codec, read_nonzero_label, read_trans10k_label
+from dataset.codecs import (
+    CODECS,
+    THINGS_STUFF,
+    TRANS10K_V2,
+    BinaryCodec,
+    Palette,
+    PaletteCodec,
+    build_codec,
+    read_class_ids,
+    read_nonzero_label,
+    read_trans10k_classes,
+    read_trans10k_label,
+)
+from utils.errors import InputError
 
 
 def through_png(image: Image.Image) -> Image.Image:
@@ -70,7 +85,83 @@ def test_quantise_takes_what_exceeds_the_threshold() -> None:
 
 
 def test_a_codec_is_built_by_its_name() -> None:
-    assert {name: type(build_codec(name)) for name in CODECS} == {"binary": BinaryCodec}
+    assert {name: type(build_codec(name, THINGS_STUFF)) for name in CODECS} == {
+        "binary": BinaryCodec,
+        "palette": PaletteCodec,
+    }
+    with pytest.raises(ValueError, match="the palette codec needs a palette"):
+        build_codec("palette")
+
+
+PALETTES = [THINGS_STUFF, TRANS10K_V2]
+
+
+@pytest.mark.parametrize("palette", PALETTES)
+def test_classes_survive_the_way_to_pixels_and_back_with_noise(palette: Palette) -> None:
+    codec = PaletteCodec(palette)
+    count = len(palette.names)
+    generator = torch.Generator().manual_seed(0)
+    label = torch.randint(count, (2, 16, 16), generator=generator, dtype=torch.uint8)
+    pixels = codec.encode(label)
+    assert pixels.shape == (2, 3, 16, 16)
+    assert np.array_equal(((pixels + 1) * 127.5).round().permute(0, 2, 3, 1).numpy(), palette.paint(label.numpy()))
+    # Less than half of the smallest distance between two colours, 100 of 255, in any direction.
+    noise = torch.randn(pixels.shape, generator=generator)
+    noise = noise / noise.norm(dim=1, keepdim=True) * (49 / 127.5)
+    masks = codec.quantise(codec.decode(pixels + noise), 0.5)
+    inside = ((pixels + noise).abs() <= 1).all(dim=1)  # decoding clamps, which may only help
+    assert masks[inside].equal((label > 0).to(torch.uint8)[inside])
+    assert codec.classes(pixels + noise, (label > 0).to(torch.uint8)).equal(label)
+
+
+def test_a_palette_of_black_and_white_says_on_greys_what_the_binary_codec_says() -> None:
+    codec = PaletteCodec(Palette(("background", "glass"), ((0, 0, 0), (255, 255, 255))))
+    grey = torch.linspace(-1, 1, 21).expand(1, 3, 1, -1)
+    torch.testing.assert_close(codec.decode(grey), BinaryCodec().decode(grey))
+    torch.testing.assert_close(codec.logits(grey * 1.5), BinaryCodec().logits(grey * 1.5))
+
+
+def test_a_palette_survives_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "palette.json"
+    path.write_text(json.dumps(dict(zip(TRANS10K_V2.names, TRANS10K_V2.colours, strict=True))))
+    assert Palette.from_file(path) == TRANS10K_V2
+    assert Palette.from_dict(json.loads(json.dumps(TRANS10K_V2.to_dict()))) == TRANS10K_V2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"background": [0, 0, 0], "a": [255, 0, 0], "b": [255, 60, 0]}', "a .* and b .* collide"),
+        ('{"background": [0, 0, 0], "a": [50, 50, 50]}', "background .* and a .* collide"),
+        ('{"background": [0, 0, 0], "a": [255, 0, 0], "a": [0, 255, 0]}', "two classes are called a"),
+        ('{"background": [9, 0, 0], "a": [255, 0, 0]}', "must be black"),
+        ('{"background": [0, 0, 0]}', "expected 2 to 64 classes"),
+        ('{"background": [0, 0, 0], "a": [255, 0]}', "'a' needs a name and a colour"),
+        ('{"background": [0, 0, 0], "a": [256, 0, 0]}', "'a' needs a name and a colour"),
+        ('{"background": [0, 0, 0], "a": 7}', "cannot be read as a palette"),
+        ("[", "cannot be read as a palette"),
+    ],
+)
+def test_a_bad_palette_is_refused_with_its_file(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "palette.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=rf"palette\.json: .*{message}"):
+        Palette.from_file(path)
+    with pytest.raises(InputError, match=r"gone\.json: cannot be read"):
+        Palette.from_file(tmp_path / "gone.json")
+
+
+def test_class_ids_are_read_from_one_channel_or_three_equal_ones() -> None:
+    ids = np.array([[0, 3], [11, 1]], np.uint8)
+    assert np.array_equal(read_class_ids(Image.fromarray(ids), 12), ids)
+    assert np.array_equal(read_class_ids(Image.fromarray(np.stack([ids] * 3, axis=2)), 12), ids)
+    with pytest.raises(ValueError, match="is coloured"):
+        read_class_ids(Image.fromarray(np.stack([ids, ids, ids * 0], axis=2)), 12)
+
+
+def test_things_and_stuff_are_told_apart() -> None:
+    mask = Image.fromarray(np.array([[[0, 0, 0], [85, 85, 85], [255, 255, 255], [0, 0, 255]]], np.uint8))
+    assert read_trans10k_classes(mask).tolist() == [[0, 1, 2, 1]]
 
 
 @pytest.mark.parametrize("name", ["", "Binary", "classes"])

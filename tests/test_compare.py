@@ -56,7 +56,7 @@ def test_the_command_finds_a_runs_only_predictions(
     b = write(tmp_path / "b", "1,,0.75,0.5,0.3\n")
     monkeypatch.setattr(sys, "argv", ["compare", str(a), str(b)])
     compare.main()
-    assert "iou      0.5000  0.7500  +0.2500 +0.2500 to +0.2500     1     0     0" in capsys.readouterr().out
+    assert "iou           0.5000  0.7500  +0.2500 +0.2500 to +0.2500     1     0     0" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["compare", str(a), str(b), "--json"])
     compare.main()
     assert json.loads(capsys.readouterr().out)["iou"]["won"] == 1

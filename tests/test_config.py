@@ -376,7 +376,7 @@ def test_null_unsets_an_optional_key_in_yaml(name: str, word: str, overlay: Over
 @pytest.mark.parametrize("name", OPTIONAL)
 def test_null_unsets_an_optional_key_as_a_flag(name: str, overlay: Overlay) -> None:
     partner = {a: b for pair in EXCLUSIVE_PAIRS for a, b in (pair, pair[::-1])}.get(name)
-    value = 0.5 if name == "ema_decay" else 5
+    value = {"ema_decay": 0.5, "tile_size": 64}.get(name, 5)
     path = overlay(f"{partner}: 5\n" if partner else f"{name}: {value}\n")
     assert getattr(parse("--config", path, f"--{name}", "null"), name) is None
 
@@ -615,7 +615,7 @@ def random_value(name: str, rng: np.random.Generator) -> Any:
     if name in OPTIONAL and rng.random() < 0.3:
         return None
     if name in INTEGERS:
-        return int(rng.integers(1, 200)) * (16 if name == "resolution" else 1)
+        return int(rng.integers(1, 200)) * (16 if name in ("resolution", "tile_size") else 1)
     if name in NUMBERS:
         is_share = "<= 1" in kind or "< 1" in kind
         return float(rng.random()) if is_share else float(10.0 ** rng.uniform(-20, 6))

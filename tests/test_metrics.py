@@ -17,7 +17,8 @@ from PIL import Image
 
 from tests.conftest import ROOT, environment
 from utils.errors import InputError
-from utils.metrics import PROTOCOL, PictureScore, best_threshold, iou_curve, score_folder, score_picture, summarise
+from utils.metrics import PROTOCOL, PictureScore, best_threshold, iou_curves, score_folder, score_picture, summarise
+from utils.protocols import histogram
 from utils.report import BackgroundPngWriter, write_scores
 
 PUBLISHED = ROOT.parent / "shared" / "published_predictions"
@@ -91,21 +92,19 @@ def test_shapes_that_differ_are_refused(
 def test_the_curve_is_the_iou_at_every_threshold() -> None:
     rng = np.random.default_rng(0)
     soft, truth = rng.integers(0, 256, (9, 7), dtype=np.uint8), rng.random((9, 7)) > 0.5
-    curve = iou_curve(soft, truth)
+    (curve,) = iou_curves(histogram(soft, truth)[None])
     for value in (0, 1, 100, 255):
         mask = soft >= value
         assert curve[value] == pytest.approx((mask & truth).sum() / (mask | truth).sum())
-    empty = iou_curve(np.full((2, 2), 9, np.uint8), np.zeros((2, 2), np.bool_))
+    (empty,) = iou_curves(histogram(np.full((2, 2), 9, np.uint8), np.zeros((2, 2), np.bool_))[None])
     assert (empty[:10] == 0).all()
     assert (empty[10:] == 1).all()
 
 
 def test_the_best_threshold_is_of_the_mean_over_pictures() -> None:
     truth = np.array([[True, False]])
-    curves = np.stack(
-        [iou_curve(np.array([[200, 100]], np.uint8), truth), iou_curve(np.array([[150, 0]], np.uint8), truth)]
-    )
-    threshold, iou = best_threshold(curves)
+    soft = (np.array([[200, 100]], np.uint8), np.array([[150, 0]], np.uint8))
+    threshold, iou = best_threshold(iou_curves(np.stack([histogram(each, truth) for each in soft])))
     assert iou == 1
     assert threshold == pytest.approx(100.5 / 255, abs=1e-6)  # the lowest that 100 does not exceed and 150 does
     assert 100 / 255 < threshold < 101 / 255

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,11 +17,14 @@ from accelerate.state import AcceleratorState, PartialState
 from diffusers import FlowMatchEulerDiscreteScheduler
 from numpy.typing import NDArray
 
+from dataset.codecs import THINGS_STUFF
 from dataset.trans10k import LAYOUTS, PairDataset, scan
-from models.pipeline import TransparencySegmentationPipeline
+from models.pipeline import TransparencySegmentationPipeline, _tile_starts
 from tests.conftest import RESOLUTION, environment, make_prompt, make_transformer, make_vae
 from utils.errors import InterruptedRunError
 from utils.evaluation import evaluate
+from utils.metrics import iou_curves
+from utils.scoring import Scorer
 
 OBJECTIVES = {"end_to_end": 16, "diffusion": 32}
 
@@ -207,7 +211,7 @@ def test_the_number_of_generators_must_be_that_of_the_pictures() -> None:
 
 PREDICT = """
 import sys, torch
-from models.pipeline import TransparencySegmentationPipeline
+from models.pipeline import TransparencySegmentationPipeline, _tile_starts
 pipeline = TransparencySegmentationPipeline.from_pretrained(sys.argv[1], local_files_only=True)
 output = pipeline(torch.load(sys.argv[2], weights_only=True))
 torch.save({"predictions": output.predictions, "masks": output.masks}, sys.argv[3])
@@ -262,6 +266,16 @@ def pairs(trans10k: Path) -> PairDataset:
     return PairDataset(found, LAYOUTS["trans10k"].read_label, RESOLUTION)
 
 
+def test_the_scorer_sees_every_picture_and_its_records_keep_the_order(
+    pairs: PairDataset, accelerator: Accelerator
+) -> None:
+    pipeline = make_pipeline("end_to_end", threshold=0.45)
+    scorer = Scorer("per_image,glass", "training,64,own", LAYOUTS["trans10k"], 0.45)
+    found = evaluate(pipeline, pairs, accelerator, batch_size=4, seed=0, scorer=scorer)
+    assert [record["own"].per_image.name for record in found.records] == [pair.name for pair in pairs.pairs]
+    assert [record["training"].per_image for record in found.records] == found.scores
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_picture_is_scored_once_in_order_whatever_the_batch_size(
     objective: str, pairs: PairDataset, accelerator: Accelerator
@@ -269,7 +283,8 @@ def test_every_picture_is_scored_once_in_order_whatever_the_batch_size(
     pipeline = make_pipeline(objective)
     written: dict[str, dict[str, NDArray[np.uint8]]] = {}
     runs = [
-        evaluate(pipeline, pairs, accelerator, batch_size=size, seed=0, write=written.__setitem__)[0] for size in (3, 4)
+        evaluate(pipeline, pairs, accelerator, batch_size=size, seed=0, write=written.__setitem__).scores
+        for size in (3, 4)
     ]
     assert [(score.name, score.difficulty) for score in runs[0]] == [(p.name, p.difficulty) for p in pairs.pairs]
     assert [score.iou for score in runs[0]] == pytest.approx([score.iou for score in runs[1]], abs=0.01)
@@ -287,17 +302,18 @@ def test_curves_hold_the_score_at_the_threshold_in_the_order_of_the_pictures(
     pairs: PairDataset, accelerator: Accelerator
 ) -> None:
     pipeline = make_pipeline("end_to_end", threshold=127.5 / 255)
-    scores, curves = evaluate(pipeline, pairs, accelerator, batch_size=4, seed=0)
+    found = evaluate(pipeline, pairs, accelerator, batch_size=4, seed=0)
+    curves = iou_curves(found.histograms)
     assert curves.shape == (10, 256)
-    assert [score.iou for score in scores] == pytest.approx(curves[:, 128].tolist(), abs=1e-6)
+    assert [score.iou for score in found.scores] == pytest.approx(curves[:, 128].tolist(), abs=1e-6)
 
 
 def test_scoring_depends_on_the_seed_and_uses_the_given_settings(pairs: PairDataset, accelerator: Accelerator) -> None:
     pipeline = make_pipeline("diffusion")
 
     def mses(seed: int, **settings: float) -> list[float]:
-        scores, _ = evaluate(pipeline, pairs, accelerator, batch_size=5, seed=seed, settings=settings)
-        return [score.mse for score in scores]
+        found = evaluate(pipeline, pairs, accelerator, batch_size=5, seed=seed, settings=settings)
+        return [score.mse for score in found.scores]
 
     assert mses(0) == mses(0)
     assert mses(0) != mses(1)
@@ -309,3 +325,56 @@ def test_scoring_stops_when_asked(pairs: PairDataset, accelerator: Accelerator) 
     with pytest.raises(InterruptedRunError) as caught:
         evaluate(make_pipeline(), pairs, accelerator, batch_size=3, seed=0, poll_stop=lambda: next(codes))
     assert caught.value.exit_code == 143
+
+
+class Identity(TransparencySegmentationPipeline):
+    """Predicts what it is shown, and keeps the sizes that it was shown."""
+
+    def _predict(self, images: torch.Tensor, *rest: object) -> torch.Tensor:
+        self.shown = [*getattr(self, "shown", []), tuple(images.shape[2:])]
+        return images * 2 - 1
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 160), (176, 112), (48, 240)])
+def test_tiles_are_blended_without_seams(size: tuple[int, int]) -> None:
+    bare = make_pipeline("end_to_end")
+    pipeline = Identity(bare.transformer, bare.vae, bare.scheduler, bare.prompt)
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    output = pipeline(images, tile_size=64)
+    torch.testing.assert_close(output.predictions, images, rtol=0, atol=1e-5)
+    tile = tuple(min(length, 64) for length in size)
+    assert set(pipeline.shown) == {tile}
+    whole = pipeline(images)
+    assert pipeline.shown[-1] == size
+    torch.testing.assert_close(whole.predictions, output.predictions, rtol=0, atol=1e-5)
+
+
+def test_neighbouring_tiles_share_a_quarter_at_least_and_reach_both_ends() -> None:
+    for length in range(65, 400, 7):
+        tiles = _tile_starts(length, 64)
+        assert (tiles[0][0], tiles[-1][1]) == (0, length)
+        assert all(end - start == 64 for start, end in tiles)
+        assert all(here[1] - there[0] >= 16 - 1 for here, there in itertools.pairwise(tiles))
+
+
+def test_a_real_model_predicts_by_tiles_and_refuses_an_odd_one() -> None:
+    pipeline = make_pipeline()
+    images = torch.rand(1, 3, 32, 80, generator=torch.Generator().manual_seed(0))
+    assert pipeline(images, tile_size=32).masks.shape == (1, 32, 80)
+    assert pipeline(images, tile_size=96).soft.equal(pipeline(images).soft)
+    with pytest.raises(ValueError, match="tile_size 40 must be a multiple of 16"):
+        pipeline(images, tile_size=40)
+
+
+def test_classes_are_read_within_the_masks_and_survive_saving(tmp_path: Path) -> None:
+    bare = make_pipeline("end_to_end")
+    parts = (bare.transformer, bare.vae, bare.scheduler, bare.prompt)
+    pipeline = Identity(*parts, codec="palette", palette=THINGS_STUFF.to_dict())
+    label = torch.randint(3, (2, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    output = pipeline((pipeline.codec.encode(label) + 1) / 2)
+    assert output.classes.equal(label)
+    assert output.masks.equal((label > 0).to(torch.uint8))
+    TransparencySegmentationPipeline(*parts, codec="palette", palette=THINGS_STUFF.to_dict()).save_pretrained(tmp_path)
+    loaded = TransparencySegmentationPipeline.from_pretrained(tmp_path)
+    assert loaded.palette == THINGS_STUFF
+    assert loaded((pipeline.codec.encode(label) + 1) / 2).classes.unique().tolist() in ([0], [0, 1], [0, 2], [0, 1, 2])

@@ -15,8 +15,12 @@ from utils.errors import InputError
 from utils.metrics import score_folder, score_folders
 from utils.protocols import (
     boundary_iou,
+    calibration,
+    confusion,
+    histogram,
     score_glass,
     score_translab,
+    summarise_classes,
     summarise_glass,
     summarise_translab,
 )
@@ -90,6 +94,38 @@ def test_a_class_that_never_occurs_has_no_figure() -> None:
     assert (empty["accuracy"], empty["mae"]) == (None, 0)
     with pytest.raises(ValueError, match="labels must be 0"):
         score_translab(np.full((1, 1), 3, np.uint8), np.zeros((1, 1), np.uint8))
+
+
+def test_classes_are_counted_over_the_data_set() -> None:
+    first = confusion(np.array([[0, 1, 2, 2]], np.uint8), np.array([[0, 1, 1, 2]], np.uint8), 4)
+    second = confusion(np.array([[1, 1]], np.uint8), np.array([[1, 0]], np.uint8), 4)
+    assert first.tolist() == [[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+    summary = summarise_classes([first, second], ["background", "cup", "jar", "box"])
+    assert summary["iou"] == {
+        "background": pytest.approx(1 / 2),
+        "cup": pytest.approx(2 / 4),
+        "jar": pytest.approx(1 / 2),
+        "box": None,
+    }
+    assert summary["miou"] == pytest.approx(1 / 2)
+    assert summary["miou_without_background"] == pytest.approx(1 / 2)
+    assert summary["accuracy"] == pytest.approx(4 / 6)
+    with pytest.raises(ValueError, match="labels must be 0 to 3"):
+        confusion(np.full((1, 1), 4, np.uint8), np.zeros((1, 1), np.uint8), 4)
+
+
+def test_calibration_compares_certainty_with_the_share_of_glass() -> None:
+    soft = np.array([[51, 51, 51, 51, 204, 204]], np.uint8)  # .2 and .8
+    truth = np.array([[True, False, False, False, True, True]])
+    found = calibration(histogram(soft, truth), num_bins=5)
+    assert [(each["certainty"], each["glass"], each["share"]) for each in found["bins"]] == [
+        pytest.approx((0.2, 1 / 4, 4 / 6)),
+        pytest.approx((0.8, 1, 2 / 6)),
+    ]
+    assert found["ece"] == pytest.approx(4 / 6 * 0.05 + 2 / 6 * 0.2)
+    sure = calibration(histogram(np.array([[255, 0]], np.uint8), np.array([[True, False]])))
+    assert sure["ece"] == 0
+    assert [each["share"] for each in sure["bins"]] == [0.5, 0.5]
 
 
 def test_boundary_iou_looks_at_borders_alone() -> None:

@@ -14,11 +14,11 @@ from PIL import Image
 import utils.report
 from utils.errors import EXIT_FAILED, CommandError
 from utils.metrics import PictureScore, summarise
-from utils.report import BackgroundPngWriter, format_table, replace_folder, write_scores
+from utils.report import BackgroundPngWriter, format_table, replace_folder, write_evaluation, write_scores
 
 
 def picture_score(name: str, difficulty: str, iou: float, empty_truth: bool = False) -> PictureScore:
-    return PictureScore(name, difficulty, iou, iou / 2, 1 - iou, empty_truth, empty_truth)
+    return PictureScore(name, difficulty, iou, iou / 2, 1 - iou, iou / 4, empty_truth, empty_truth)
 
 
 SCORES = [
@@ -132,14 +132,35 @@ def test_scores_are_written_as_json_and_one_row_a_picture(tmp_path: Path) -> Non
     with (tmp_path / "per_image.csv").open(newline="") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
-    assert reader.fieldnames == ["name", "difficulty", "iou", "recall", "mse"]
-    assert rows[0] == {"name": "easy_a", "difficulty": "easy", "iou": "1.0", "recall": "0.5", "mse": "0.0"}
+    assert reader.fieldnames == ["name", "difficulty", "iou", "recall", "mse", "boundary_iou"]
+    assert rows[0] == {
+        "name": "easy_a",
+        "difficulty": "easy",
+        "iou": "1.0",
+        "recall": "0.5",
+        "mse": "0.0",
+        "boundary_iou": "0.25",
+    }
     assert rows[2] == {
         "name": "hard_a",
         "difficulty": "hard",
         "iou": "0.333333",
         "recall": "0.166667",
         "mse": "0.666667",
+        "boundary_iou": "0.083333",
+    }
+
+
+def test_curves_are_means_over_pictures_at_every_threshold(tmp_path: Path) -> None:
+    histograms = np.zeros((3, 2, 256), np.int64)
+    histograms[:, :, 200] = 2  # two pixels of glass, each predicted at 200
+    write_evaluation(tmp_path, {"intervals": {}}, histograms)
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == {"intervals": {}}
+    curves = json.loads((tmp_path / "curves.json").read_text())
+    assert {name: (values[200], values[201]) for name, values in curves.items()} == {
+        "iou": (1, 0),
+        "precision": (1, 1),
+        "recall": (1, pytest.approx(0, abs=1e-4)),
     }
 
 
@@ -149,17 +170,21 @@ def cells(table: str) -> list[list[str]]:
 
 def test_the_table_has_a_row_each_for_mix_easy_and_hard() -> None:
     assert cells(format_table(summarise(SCORES))) == [
-        ["mix", "0.6111", "0.3056", "0.3889", "3", "1"],
-        ["easy", "0.7500", "0.3750", "0.2500", "2", "1"],
-        ["hard", "0.3333", "0.1667", "0.6667", "1", "0"],
+        ["mix", "0.6111", "0.3056", "0.3889", "0.1528", "3", "1"],
+        ["easy", "0.7500", "0.3750", "0.2500", "0.1875", "2", "1"],
+        ["hard", "0.3333", "0.1667", "0.6667", "0.0833", "1", "0"],
     ]
     header, *rows = format_table(summarise(SCORES)).splitlines()
-    assert [word in header for word in ("IoU", "recall", "MSE", "pictures", "without glass")] == [True] * 5
+    assert [word in header for word in ("IoU", "recall", "MSE", "boundary IoU", "pictures", "without glass")] == [
+        True
+    ] * 6
     assert {len(row) for row in rows} == {len(header)}
 
 
 def test_the_table_of_one_difficulty_has_one_row() -> None:
-    assert cells(format_table(summarise(SCORES[2:]), "hard")) == [["hard", "0.3333", "0.1667", "0.6667", "1", "0"]]
+    assert cells(format_table(summarise(SCORES[2:]), "hard")) == [
+        ["hard", "0.3333", "0.1667", "0.6667", "0.0833", "1", "0"]
+    ]
 
 
 def test_the_table_of_a_data_set_without_difficulties_has_one_row() -> None:

@@ -14,8 +14,11 @@ from utils.errors import CommandError, InputError
 
 
 def test_rows_compare_the_same_pictures() -> None:
-    baseline = [{"iou": {"a": 0.2, "b": 0.4}, "seconds": 60}, {"iou": {"a": 0.4, "b": 0.6}, "seconds": 60}]
-    better = [{"iou": {"b": 0.5, "a": 0.3}, "seconds": 90}, {"iou": {"a": 0.5, "b": 0.7}, "seconds": 150}]
+    def record(a: float, b: float, seconds: float) -> dict[str, object]:
+        return {"iou": {"b": b, "a": a}, "boundary_iou": {"a": a / 2, "b": b / 2}, "seconds": seconds}
+
+    baseline = [record(0.2, 0.4, 60), record(0.4, 0.6, 60)]
+    better = [record(0.3, 0.5, 90), record(0.5, 0.7, 150)]
     row = study.table_row("better", better, baseline)
     assert row["iou"] == pytest.approx(0.5)
     assert row["iou_by_seed"] == pytest.approx([0.4, 0.6])
@@ -23,7 +26,7 @@ def test_rows_compare_the_same_pictures() -> None:
     assert row["minutes"] == 2
     line = study.format_rows([row]).splitlines()[-1]
     assert line.startswith("| better | 0.5000 | ")
-    assert line.endswith("| 0.400 0.600 | +0.1000 | +0.100 to +0.100 | 2.0 |")
+    assert line.endswith("| 0.400 0.600 | +0.1000 | +0.100 to +0.100 | 0.2500 | 2.0 |")
 
 
 @pytest.mark.slow
@@ -33,12 +36,19 @@ def test_a_study_runs_its_variants_and_goes_on(
     out = tmp_path / "study"
     del flags["output_dir"]
     flags |= {"max_train_steps": 2, "save_checkpoint_steps": 1, "val_steps": 2, "latent_cache_variants": 1}
-    arguments = ["--out", str(out), "--seeds", "1", "--only", "folded conditioning", *arguments_of(flags)]
+    arguments = ["--out", str(out), "--report", str(out), "--seeds", "1", "--only", "folded conditioning"]
+    arguments += ["U-Net from scratch", *arguments_of(flags)]
     study.main(arguments)
     record = json.loads((out / "study.json").read_text())
-    assert [row["variant"] for row in record["rows"]] == ["configs/tiny.yaml", "folded conditioning"]
+    assert [row["variant"] for row in record["rows"]] == [
+        "configs/tiny.yaml",
+        "folded conditioning",
+        "U-Net from scratch",
+    ]
     assert record["rows"][0]["difference"] == 0
-    assert (out / "study.md").read_text() in capfd.readouterr().out
+    assert study.format_rows(record["rows"]) in (out / "study.md").read_text()
+    assert study.format_rows(record["rows"]) in capfd.readouterr().out
+    assert (out / "study.svg").read_text().startswith("<?xml")
     config = json.loads(next(out.glob("folded*/seed-0/checkpoints/checkpoint-2/transformer/config.json")).read_text())
     assert config["_class_name"] == "FoldedSD3Transformer2DModel"
 

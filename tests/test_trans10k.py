@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset.codecs import BinaryCodec, build_codec, read_nonzero_label, read_trans10k_label
-from dataset.trans10k import LAYOUTS, PairDataset, Scan, collate, scan
+from dataset.codecs import BinaryCodec, PaletteCodec, read_nonzero_label, read_trans10k_label
+from dataset.trans10k import LAYOUTS, PairDataset, Scan, collate, layout_of, scan
+from dataset.transforms import read_label
 from tests.conftest import ROOT, write_pair, write_trans10k
 from utils.errors import InputError
 
@@ -435,9 +436,42 @@ def test_an_error_in_a_worker_process_is_one_line_that_names_the_file(tmp_path: 
 def test_the_layouts_read_masks_their_own_way() -> None:
     assert LAYOUTS["trans10k"].read_label is read_trans10k_label
     assert LAYOUTS["folder"].read_label is read_nonzero_label
-    for layout in LAYOUTS.values():
-        assert layout.codec == "binary"
-        assert isinstance(build_codec(layout.codec), BinaryCodec)
+    codecs = {name: type(layout.build_codec()) for name, layout in LAYOUTS.items()}
+    assert codecs == {
+        "trans10k": BinaryCodec,
+        "trans10k_classes": PaletteCodec,
+        "trans10k_v2": PaletteCodec,
+        "folder": BinaryCodec,
+    }
+
+
+def test_the_second_version_keeps_its_ids_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    folder = tmp_path / "train"
+    ids = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    for name in ("images", "masks_12"):
+        (folder / name).mkdir(parents=True)
+    Image.fromarray(np.zeros((3, 4, 3), np.uint8)).save(folder / "images" / "1.jpg")
+    Image.fromarray(ids).save(folder / "masks_12" / "1_mask.png")
+    (pair,) = scan("trans10k_v2", tmp_path, "train").pairs
+    layout = layout_of("trans10k_v2")
+    assert np.array_equal(read_label(pair.mask_path, layout.read_label), ids)
+    Image.fromarray(ids + np.uint8(1)).save(folder / "masks_12" / "1_mask.png")
+    with pytest.raises(InputError, match=r"1_mask.png: has the value 12 at row 2, column 3; class ids go from 0 to 11"):
+        read_label(pair.mask_path, layout.read_label)
+
+
+def test_a_palette_belongs_to_a_folder(tmp_path: Path) -> None:
+    path = tmp_path / "palette.json"
+    path.write_text('{"background": [0, 0, 0], "cup": [255, 0, 0], "window": [0, 0, 255]}')
+    layout = layout_of("folder", path)
+    assert layout.codec == "palette"
+    mask = Image.fromarray(np.array([[[0, 0, 0], [255, 0, 0], [0, 0, 255]]], np.uint8))
+    assert layout.read_label(mask).tolist() == [[0, 1, 2]]
+    odd = Image.fromarray(np.array([[[0, 0, 0], [255, 0, 1]]], np.uint8))
+    with pytest.raises(ValueError, match=r"has the colour \[255, 0, 1\] at row 0, column 1, which the palette lacks"):
+        layout.read_label(odd)
+    with pytest.raises(InputError, match="palette: is for dataset_name: folder"):
+        layout_of("trans10k", path)
 
 
 def test_collating_stacks_pixels_and_lists_the_rest(trans10k: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from dataset.latent_cache import CachedLatents, LatentCache, fill
-from dataset.trans10k import LAYOUTS, Pair
+from dataset.trans10k import Pair, layout_of
 from models.pipeline import TransparencySegmentationPipeline
 from utils.config import Config
 
@@ -34,6 +34,7 @@ def cached_latents(
     Raises:
         InputError: if the cache is stale, damaged or does not fit the disk.
     """
+    layout = layout_of(config.dataset_name, config.palette)
     cache = LatentCache(
         Path(config.latent_cache_path or Path(config.output_dir) / "latent_cache"),
         pairs,
@@ -42,6 +43,7 @@ def cached_latents(
         config.latent_cache_variants,
         {
             "dataset_name": config.dataset_name,
+            "palette": layout.palette.to_dict() if layout.palette else None,
             "VAE": fingerprint_of_weights(pipeline.vae),
             "data_type": config.data_type,
         },
@@ -51,7 +53,7 @@ def cached_latents(
     accelerator.wait_for_everyone()
     fill(
         cache,
-        LAYOUTS[config.dataset_name].read_label,
+        layout.read_label,
         lambda images: pipeline.encode_images(images)[0],
         pipeline.encode_labels,
         batch_size=config.test_batch_size,

@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 
-from dataset.trans10k import LAYOUTS
+from dataset.trans10k import layout_of
 from models.base import (
     DTYPES,
     MASK_DECODER,
@@ -370,9 +370,10 @@ def build_pipeline(
     settings = {name: getattr(config, name) for name in names}
     if settings["threshold"] == "validation":
         settings["threshold"] = DEFAULT_THRESHOLD
-    codec = LAYOUTS[config.dataset_name].codec
+    layout = layout_of(config.dataset_name, config.palette)
+    settings |= {"codec": layout.codec, "palette": layout.palette.to_dict() if layout.palette else None}
     parts = (transformer, vae, load_scheduler(base), prompt, mask_decoder)
-    return TransparencySegmentationPipeline(*parts, codec=codec, **settings)
+    return TransparencySegmentationPipeline(*parts, **settings)
 
 
 def load_pipeline(checkpoint: Path, dtype: torch.dtype, compiled: bool = False) -> TransparencySegmentationPipeline:

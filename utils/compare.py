@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from utils.errors import InputError, first_line, run_command
 
 NUM_RESAMPLES = 10_000
-COLUMNS = ("iou", "recall", "mse")
+COLUMNS = ("iou", "recall", "mse", "boundary_iou")
 SCORES_FILE_NAME = "per_image.csv"
 
 
@@ -65,8 +65,9 @@ def read_scores(table: Path) -> dict[str, dict[str, float]]:
     try:
         with table.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
+        columns = [column for column in COLUMNS if column != "boundary_iou" or column in (rows or [{}])[0]]
         scores = {
-            f"{row['difficulty']}/{row['name']}": {column: float(row[column]) for column in COLUMNS} for row in rows
+            f"{row['difficulty']}/{row['name']}": {column: float(row[column]) for column in columns} for row in rows
         }
     except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{table}: cannot be read as scores ({first_line(error)})") from error
@@ -93,6 +94,8 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
         )
     result: dict[str, Any] = {"num_images": len(a)}
     for column in COLUMNS:
+        if not all(column in next(iter(scores.values())) for scores in (a, b)):
+            continue  # boundary IoU, in a table that was written without it
         left, right = (np.array([scores[name][column] for name in sorted(scores)]) for scores in (a, b))
         difference = right - left
         better = -difference if column == "mse" else difference
@@ -110,11 +113,13 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
 
 def format_comparison(result: dict[str, Any]) -> str:
     """Returns the comparison as a table."""
-    lines = [f"{'':<7} {'A':>7} {'B':>7} {'B - A':>8} {'95 % interval':>18} {'won':>5} {'lost':>5} {'tied':>5}"]
+    lines = [f"{'':<12} {'A':>7} {'B':>7} {'B - A':>8} {'95 % interval':>18} {'won':>5} {'lost':>5} {'tied':>5}"]
     for column in COLUMNS:
+        if column not in result:
+            continue
         row = result[column]
         low, high = row["interval"]
-        means = f"{column:<7} {row['a']:>7.4f} {row['b']:>7.4f} {row['difference']:>+8.4f}"
+        means = f"{column:<12} {row['a']:>7.4f} {row['b']:>7.4f} {row['difference']:>+8.4f}"
         lines.append(f"{means} {f'{low:+.4f} to {high:+.4f}':>18} {row['won']:>5} {row['lost']:>5} {row['tied']:>5}")
     return "\n".join([*lines, f"{result['num_images']} pictures; won and lost are B's"])
 

@@ -96,8 +96,15 @@ class Config:
     compile: bool = key("model", False, "torch.compile transformer and VAE: slower start, faster steps")
     gradient_checkpointing: bool = key("model", True, "recompute activations in the backward pass to save memory")
 
-    dataset_name: Literal["trans10k", "folder"] = key("data", "trans10k", "layout and mask colours of the data set")
+    dataset_name: Literal["trans10k", "trans10k_classes", "trans10k_v2", "folder"] = key(
+        "data",
+        "trans10k",
+        "layout of the data set and what its masks tell: glass or not, things and stuff, or 12 classes",
+    )
     dataset_path: str = key("data", "data/Trans10k", "root folder of the data set", path=True)
+    palette: str | None = key(
+        "data", None, "JSON of a folder's classes and their colours in the masks; null: glass or not", path=True
+    )
     resolution: Annotated[int, Field(ge=16, multiple_of=16)] = key(
         "data", 1024, "side in pixels to which pictures and masks are resized; a multiple of 16"
     )
@@ -187,6 +194,17 @@ class Config:
     test_batch_size: PositiveInt = key("inference", 4, "pictures per process and forward pass, in validation too")
     tta: Literal["none", "flip", "flip_scale"] = key(
         "inference", "none", "views of a picture whose predictions are averaged: itself, mirrored, at three scales too"
+    )
+    tile_size: Annotated[int, Field(ge=16, multiple_of=16)] | None = key(
+        "inference", None, "pictures longer than this are predicted in overlapping tiles of this side; null: whole"
+    )
+    protocol: str = key(
+        "inference", "per_image,glass", "protocols to score by, with commas: per_image, glass, translab, classes"
+    )
+    score_sizes: str = key(
+        "inference",
+        "training,512,own",
+        "sizes to score at, with commas: training, a side in pixels, own (each picture's)",
     )
     threshold: Fraction | Literal["validation"] = key(
         "inference",

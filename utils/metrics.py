@@ -26,18 +26,19 @@ from utils.protocols import (
     TRANSLAB_SIDE,
     GlassRecord,
     TransLabRecord,
+    at_least,
     boundary_iou,
     score_glass,
     score_translab,
     summarise_glass,
     summarise_translab,
-    threshold_counts,
 )
 
 PROTOCOL = (
     "per_image: binary, at the resolution of the masks; IoU and recall of the quantised mask and MSE of the raw 8-bit "
     "prediction (3 channels, in [0, 1]) per picture, then the mean over pictures; empty truth with empty mask scores 1"
 )
+COLUMNS = ("iou", "recall", "mse", "boundary_iou")
 DECIMALS = 6
 PROTOCOLS = ("per_image", "glass", "translab")
 CLASS_COLOURS = {0: 0, 85: THINGS, 255: STUFF}
@@ -52,6 +53,7 @@ class PictureScore:
     iou: float
     recall: float
     mse: float
+    boundary_iou: float
     empty_truth: bool
     empty_mask: bool
 
@@ -66,7 +68,8 @@ def score_picture(
     """Scores one picture under the per-image protocol of the published end-to-end run.
 
     IoU = |mask and truth| / |mask or truth| and recall = |mask and truth| / |truth|, where an empty truth scores 1 in
-    both if the mask is empty too and 0 otherwise; MSE = mean over pixels and channels of (prediction / 255 - truth)^2.
+    both if the mask is empty too and 0 otherwise; MSE = mean over pixels and channels of (prediction / 255 - truth)^2. Boundary IoU
+    stands beside them, see `utils.protocols.boundary_iou`.
 
     Args:
         prediction: raw prediction (H, W, 3), uint8.
@@ -91,23 +94,24 @@ def score_picture(
         iou=true_positives / union if union else 1.0,
         recall=true_positives / positives if positives else float(union == 0),
         mse=mse,
+        boundary_iou=boundary_iou(mask, truth),
         empty_truth=positives == 0,
         empty_mask=not mask.any(),
     )
 
 
-def iou_curve(soft: NDArray[np.uint8], truth: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """Returns the IoU of one picture's soft mask, quantised at each of 256 thresholds.
+def iou_curves(histograms: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Returns the IoU of each picture's soft mask, quantised at each of 256 thresholds.
 
     Args:
-        soft: (H, W), uint8, 255 is certain.
-        truth: (H, W), bool.
+        histograms: of `utils.protocols.histogram`, (N, 2, 256).
 
     Returns:
-        (256,): entry k is that of the pixels of at least k; an empty truth with an empty mask scores 1.
+        (N, 256): entry k is that of the pixels of at least k; an empty truth with an empty mask scores 1.
     """
-    hits, claimed = threshold_counts(soft, truth)
-    union = claimed + int(truth.sum()) - hits
+    counts = at_least(histograms)
+    hits, claimed = counts[:, 0], counts[:, 1]
+    union = claimed + hits[:, :1] - hits
     return np.where(union > 0, hits / np.maximum(union, 1), 1.0)
 
 
@@ -115,7 +119,7 @@ def best_threshold(curves: NDArray[np.float64]) -> tuple[float, float]:
     """Returns the threshold with the best mean IoU over pictures, and that IoU.
 
     Args:
-        curves: (N, 256), of `iou_curve`.
+        curves: (N, 256), of `iou_curves`.
 
     Returns:
         A threshold between two grey levels, to be exceeded, and the mean IoU at it; the lowest of equals.
@@ -157,8 +161,9 @@ def score_folder(folder: Path) -> list[PictureScore]:
         difficulties = {row["name"]: row.get("difficulty") or "" for row in rows}
     scores = []
     for name in names:
-        truth = _read(folder / f"{name}_maskgt.png", "L") > 127
-        mask = _read(folder / f"{name}_maskq.png", "L") > 127
+        # Classes are colours, of which each has a bright channel.
+        truth = _read(folder / f"{name}_maskgt.png", "RGB").max(axis=2) > 127
+        mask = _read(folder / f"{name}_maskq.png", "RGB").max(axis=2) > 127
         prediction = _read(folder / f"{name}_pred.png", "RGB")
         try:
             scores.append(score_picture(prediction, mask, truth, name, difficulties.get(name, "")))
@@ -181,7 +186,7 @@ def score_folders(predictions: Path, truths: Path, protocols: Sequence[str]) -> 
         InputError: naming what is missing, unreadable or no label map.
     """
     pairs = _match(predictions, truths)
-    per_image, boundaries = [], []
+    per_image: list[PictureScore] = []
     glass: list[GlassRecord] = []
     translab: list[TransLabRecord] = []
     for name, (prediction_path, truth_path) in pairs.items():
@@ -194,12 +199,11 @@ def score_folders(predictions: Path, truths: Path, protocols: Sequence[str]) -> 
         mask = soft >= 128
         if "per_image" in protocols:
             per_image.append(score_picture(np.repeat(soft[..., None], 3, axis=2), mask, truth > 0, name))
-            boundaries.append(boundary_iou(mask, truth > 0))
         if "glass" in protocols:
             glass.append(score_glass(soft, truth > 0))
     results: dict[str, dict[str, Any]] = {}
     if per_image:
-        results["per_image"] = {**summarise(per_image), "boundary_iou": round(float(np.mean(boundaries)), DECIMALS)}
+        results["per_image"] = summarise(per_image)
     if glass:
         results["glass"] = summarise_glass(glass)
     if translab:
@@ -239,8 +243,7 @@ def _labels(path: Path, values: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def _means(scores: Sequence[PictureScore]) -> dict[str, Any]:
     means: dict[str, Any] = {
-        column: round(float(np.mean([asdict(score)[column] for score in scores])), DECIMALS)
-        for column in ("iou", "recall", "mse")
+        column: round(float(np.mean([asdict(score)[column] for score in scores])), DECIMALS) for column in COLUMNS
     }
     means["num_images"] = len(scores)
     means["num_empty_truth"] = sum(score.empty_truth for score in scores)

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
 THRESHOLDS = 256
@@ -39,7 +38,7 @@ def score_glass(soft: NDArray[np.uint8], truth: NDArray[np.bool_]) -> GlassRecor
     """Scores a soft mask as GDNet, GhostingNet and GlassWizard do: transparent where the prediction is at least one half.
 
     IoU of two empty masks is 1. BER = 100 (1 - (TPR + TNR) / 2), where a class that the truth lacks counts as rate 1. Precision
-    and recall at each threshold t are (TP + eps) / (P + eps) over the pixels whose prediction is at least t.
+    and recall are those of `precision_recall`.
 
     Args:
         soft: (H, W), uint8, 255 is certain.
@@ -49,10 +48,11 @@ def score_glass(soft: NDArray[np.uint8], truth: NDArray[np.bool_]) -> GlassRecor
         ValueError: if the shapes differ.
     """
     _check_shapes(soft, truth)
-    hits, predicted = (counts.astype(np.float64) for counts in threshold_counts(soft, truth))
+    levels = histogram(soft, truth)
     positives, total = float(truth.sum()), float(truth.size)
     half = 128  # the smallest value that is at least one half
-    true_positives, claimed = hits[half], predicted[half]
+    true_positives, claimed = levels[:, half:].sum(axis=1).astype(np.float64)
+    precision, recall = precision_recall(levels)
     union = claimed + positives - true_positives
     true_negatives = total - union
     negatives = total - positives
@@ -63,20 +63,44 @@ def score_glass(soft: NDArray[np.uint8], truth: NDArray[np.bool_]) -> GlassRecor
         mae=float(np.abs(soft.astype(np.int64) - truth * np.int64(255)).sum()) / (255 * total),
         ber=100 * (1 - (sensitivity + specificity) / 2),
         accuracy=(true_positives + true_negatives) / total,
-        precision=(hits + F_BETA_EPSILON) / (predicted + F_BETA_EPSILON),
-        recall=(hits + F_BETA_EPSILON) / (positives + F_BETA_EPSILON),
+        precision=precision,
+        recall=recall,
     )
 
 
-def threshold_counts(soft: NDArray[np.uint8], truth: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns how many pixels of glass, and how many at all, are at least k, for each k of 0 to 255; both (256,).
+def histogram(soft: NDArray[np.uint8], truth: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Returns how many pixels of glass, and how many at all, have each grey level, (2, 256).
 
     Args:
         soft: (H, W), uint8.
         truth: (H, W), bool.
     """
-    glass, pixels = np.bincount(soft[truth], minlength=THRESHOLDS), np.bincount(soft.ravel(), minlength=THRESHOLDS)
-    return glass[::-1].cumsum()[::-1], pixels[::-1].cumsum()[::-1]
+    return np.stack([np.bincount(part, minlength=THRESHOLDS) for part in (soft[truth], soft.ravel())])
+
+
+def at_least(histograms: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Returns how many pixels are at least k, for each k of 0 to 255: `histogram`, (..., 256), added up from above."""
+    return histograms[..., ::-1].cumsum(axis=-1)[..., ::-1]
+
+
+def precision_recall(histograms: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Returns precision and recall of one picture, or of each, at the thresholds 0/255 to 255/255, (..., 2, 256).
+
+    (TP + eps) / (P + eps) over the pixels whose prediction is at least the threshold, eps 1e-4.
+
+    Args:
+        histograms: of `histogram`, (..., 2, 256).
+    """
+    counts = at_least(histograms).astype(np.float64)
+    hits, predicted = counts[..., 0, :], counts[..., 1, :]
+    positives = hits[..., :1]
+    return np.stack(
+        [
+            (hits + F_BETA_EPSILON) / (predicted + F_BETA_EPSILON),
+            (hits + F_BETA_EPSILON) / (positives + F_BETA_EPSILON),
+        ],
+        axis=-2,
+    )
 
 
 def summarise_glass(records: Sequence[GlassRecord]) -> dict[str, float]:
@@ -162,6 +186,75 @@ def summarise_translab(records: Sequence[TransLabRecord]) -> dict[str, float | N
     return summary
 
 
+def confusion(predicted: NDArray[np.uint8], truth: NDArray[np.uint8], num_classes: int) -> NDArray[np.int64]:
+    """Returns how many pixels of each true class (rows) were predicted as each class (columns), (K, K).
+
+    Args:
+        predicted: (H, W), uint8 in [0, K).
+        truth: (H, W), uint8 in [0, K).
+        num_classes: K.
+
+    Raises:
+        ValueError: if the shapes differ or another class occurs.
+    """
+    _check_shapes(predicted, truth)
+    if max(predicted.max(initial=0), truth.max(initial=0)) >= num_classes:
+        raise ValueError(f"labels must be 0 to {num_classes - 1}")
+    cells = truth.astype(np.int64) * num_classes + predicted
+    return np.bincount(cells.ravel(), minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def summarise_classes(matrices: Sequence[NDArray[np.int64]], names: Sequence[str]) -> dict[str, Any]:
+    """Returns the data set's IoU of every class that occurs, their mean with and without the background, and pixel accuracy.
+
+    Counts are summed over the data set first, as Trans2Seg does on Trans10k v2 (arXiv 2101.08461). A class that occurs neither
+    in truths nor in predictions has no figure, None, and is left out of the means.
+
+    Args:
+        matrices: of `confusion`, one for each picture.
+        names: of the classes, the background first.
+    """
+    total = np.sum(matrices, axis=0)
+    hits, unions = np.diag(total), total.sum(axis=0) + total.sum(axis=1) - np.diag(total)
+    scores = [float(hit / union) if union else None for hit, union in zip(hits, unions, strict=True)]
+    found, glass = ([score for score in part if score is not None] for part in (scores, scores[1:]))
+    return {
+        "iou": dict(zip(names, scores, strict=True)),
+        "miou": float(np.mean(found)) if found else None,
+        "miou_without_background": float(np.mean(glass)) if glass else None,
+        "accuracy": float(hits.sum() / total.sum()),
+    }
+
+
+def calibration(histograms: NDArray[np.int64], num_bins: int = 10) -> dict[str, Any]:
+    """Compares how sure soft masks are with how often they are right (Guo et al. 2017, arXiv 1706.04599).
+
+    Args:
+        histograms: (2, 256), pixels of glass and pixels in all of each grey level, summed over pictures.
+        num_bins: of equal width.
+
+    Returns:
+        `ece`, the expected calibration error: the mean over pixels of |mean certainty - share of glass| of their bin; and
+        `bins`, each with `certainty`, `glass` and `share` of the pixels, those without pixels left out.
+    """
+    glass, pixels = histograms.astype(np.float64)
+    levels = np.arange(THRESHOLDS) / (THRESHOLDS - 1)
+    owners = np.minimum((levels * num_bins).astype(int), num_bins - 1)
+    bins = []
+    for number in range(num_bins):
+        inside = owners == number
+        count = pixels[inside].sum()
+        if count:
+            bins.append(
+                {
+                    "certainty": float((levels * pixels)[inside].sum() / count),
+                    "glass": float(glass[inside].sum() / count),
+                    "share": float(count / pixels.sum()),
+                }
+            )
+    return {"ece": sum(each["share"] * abs(each["certainty"] - each["glass"]) for each in bins), "bins": bins}
+
+
 def boundary_iou(mask: NDArray[np.bool_], truth: NDArray[np.bool_], share: float = BOUNDARY_SHARE) -> float:
     """Returns the IoU of the two masks' inner borders (Cheng et al. 2021, arXiv 2103.16562).
 
@@ -184,13 +277,9 @@ def boundary_iou(mask: NDArray[np.bool_], truth: NDArray[np.bool_], share: float
 
 
 def _border(mask: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
-    background = torch.from_numpy(~mask)[None, None].float()
-    padded = F.pad(background, (width,) * 4, value=1.0)
-    near = padded
-    for axis in (2, 3):  # a square is a row of a column
-        kernel = (2 * width + 1, 1) if axis == 2 else (1, 2 * width + 1)
-        near = F.max_pool2d(near, kernel, stride=1)
-    return mask & (near[0, 0].numpy() > 0)
+    pixels = mask.astype(np.uint8)
+    square = np.ones((2 * width + 1, 2 * width + 1), np.uint8)
+    return mask & (cv2.erode(pixels, square, borderType=cv2.BORDER_CONSTANT, borderValue=0) == 0)
 
 
 def _check_shapes(first: NDArray[Any], second: NDArray[Any]) -> None:

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from utils.errors import CommandError, InputError, run_command
-from utils.metrics import DECIMALS, PictureScore
+from utils.metrics import COLUMNS, DECIMALS, PictureScore, iou_curves
+from utils.protocols import precision_recall
 
 MAX_PENDING_PICTURES = 64
 
@@ -68,14 +69,29 @@ class BackgroundPngWriter:
             self._slots.release()
 
 
+def write_evaluation(folder: Path, evaluation: dict[str, Any], histograms: NDArray[np.int64]) -> None:
+    """Writes `evaluation.json` and `curves.json`: mean IoU, precision and recall at every threshold.
+
+    Args:
+        folder: existing.
+        evaluation: threshold, intervals, calibration and the figures of every protocol.
+        histograms: of the pictures' soft masks, (N, 2, 256), see `utils.protocols.histogram`.
+    """
+    (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
+    precision, recall = precision_recall(histograms).mean(axis=0)
+    curves = {"iou": iou_curves(histograms).mean(axis=0), "precision": precision, "recall": recall}
+    content = {name: [round(float(value), DECIMALS) for value in values] for name, values in curves.items()}
+    (folder / "curves.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
 def write_scores(folder: Path, summary: dict[str, Any], scores: Sequence[PictureScore]) -> None:
     """Writes `metrics.json` and `per_image.csv`."""
     (folder / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     with (folder / "per_image.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("name", "difficulty", "iou", "recall", "mse"))
+        writer.writerow(("name", "difficulty", *COLUMNS))
         for score in scores:
-            values = (round(value, DECIMALS) for value in (score.iou, score.recall, score.mse))
+            values = (round(getattr(score, column), DECIMALS) for column in COLUMNS)
             writer.writerow((score.name, score.difficulty, *values))
 
 
@@ -84,10 +100,24 @@ def format_table(summary: dict[str, Any], label: str = "mix") -> str:
     rows = [(label, summary)]
     if label == "mix":
         rows += [(name, summary[name]) for name in ("easy", "hard") if name in summary]
-    lines = [f"{'':<10} {'IoU':>8} {'recall':>8} {'MSE':>8} {'pictures':>9} {'without glass':>14}"]
+    names = " ".join(f"{name:>8}" for name in ("IoU", "recall", "MSE"))
+    lines = [f"{'':<10} {names} {'boundary IoU':>13} {'pictures':>9} {'without glass':>14}"]
     for name, values in rows:
         numbers = " ".join(f"{values[column]:>8.4f}" for column in ("iou", "recall", "mse"))
+        numbers += f" {values['boundary_iou']:>13.4f}"
         lines.append(f"{name:<10} {numbers} {values['num_images']:>9} {values['num_empty_truth']:>14}")
+    return "\n".join(lines)
+
+
+def format_protocols(protocols: dict[str, dict[str, Any]]) -> str:
+    """Returns a line for each protocol and size with its figures, classes and difficulties left out."""
+    lines = []
+    for protocol, sizes in protocols.items():
+        for size, figures in sizes.items():
+            shown = {name: value for name, value in figures.items() if isinstance(value, float)}
+            lines.append(
+                f"{protocol:<10} {size:<9} " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
+            )
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.unet import UNet, main
+from benchmarks.scratch import SegFormer, UNet, main
 from utils.errors import InputError
 
 
@@ -22,19 +22,26 @@ def test_one_logit_for_each_pixel(size: tuple[int, int]) -> None:
     assert UNet((8, 8, 16, 16))(torch.rand(2, 3, *size)).shape == (2, *size)
 
 
+def test_segformer_has_the_size_of_b0_and_one_logit_for_each_pixel() -> None:
+    model = SegFormer()
+    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(3.7e6, rel=0.05)
+    assert model(torch.rand(2, 3, 48, 32)).shape == (2, 48, 32)
+
+
 def test_run_writes_its_scores(
     trans10k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ticks = itertools.count()  # a clock on which every update takes 50 ms
-    monkeypatch.setattr("benchmarks.unet.time", SimpleNamespace(perf_counter=lambda: next(ticks) * 0.05))
+    monkeypatch.setattr("benchmarks.scratch.time", SimpleNamespace(perf_counter=lambda: next(ticks) * 0.05))
     out = tmp_path / "results" / "unet.json"
     flags = f"--data {trans10k} --resolution 32 --batch_size 4 --minutes 0.025 --out {out}"
     main(shlex.split(flags))
     record = json.loads(out.read_text(encoding="utf-8"))
-    assert record["command"] == f"python -m benchmarks.unet {flags}"
+    assert record["command"] == f"python -m benchmarks.scratch {flags}"
     assert record["minutes"] >= 0.025
+    assert len(record["pictures"]) == 10
     assert record["pictures_seen"] == 29 * 4
-    assert record["machine"]["torch"] == torch.__version__
+    assert record["machine"]["versions"]["torch"] == torch.__version__
     assert (record["validation"]["num_images"], record["scores"]["num_images"]) == (6, 10)
     for scores in (record["validation"], record["scores"], record["scores"]["easy"], record["scores"]["hard"]):
         assert all(0 <= scores[column] <= 1 for column in ("iou", "recall", "mse"))

@@ -1,4 +1,4 @@
-"""What a plain network does in the same minutes: a small U-Net from scratch, scored like the trainer's checkpoints.
+"""What a plain network does in the same minutes: a small U-Net or a SegFormer from scratch, scored like the trainer's checkpoints.
 
 It sees the pictures that a training run sees, in the same order and with the same augmentation, for a fixed time on the
 CPU. Only the weights at the end of that time are scored, once each on the validation and the test split.
@@ -9,30 +9,29 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import re
 import shlex
 import sys
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from dataset.codecs import build_codec
+from dataset.codecs import BinaryCodec
 from dataset.sampling import BatchStream
 from dataset.trans10k import LAYOUTS, PairDataset, collate, scan
 from models.losses import segmentation_loss
 from utils.config import FIELDS, convert
 from utils.engine import keep_freed_memory
 from utils.errors import InputError, TrainingDivergedError, run_command
-from utils.metrics import score_picture, summarise
+from utils.metrics import PictureScore, score_picture, summarise
+from utils.provenance import machine
 from utils.report import format_table
 
 CHANNELS = (16, 40, 96, 224)  # few where pictures are large and costly, many where they are small
@@ -62,7 +61,25 @@ class UNet(nn.Module):
         return self.head(x).squeeze(1)
 
 
-def train(model: UNet, data: PairDataset, minutes: float, batch_size: int, seed: int) -> tuple[int, float]:
+class SegFormer(nn.Module):
+    """SegFormer of the size B0 (arXiv 2105.15203) from random weights, its logits enlarged to the picture's size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = SegformerForSemanticSegmentation(SegformerConfig(num_labels=1))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Turns pictures (B, 3, H, W) in [0, 1] into logits of glass (B, H, W)."""
+        logits = self.network(pixel_values=image * 2 - 1).logits  # (B, 1, H / 4, W / 4)
+        return F.interpolate(logits, size=image.shape[-2:], mode="bilinear", align_corners=False).squeeze(1)
+
+
+NETWORKS: dict[str, tuple[type[nn.Module], float]] = {"unet": (UNet, PEAK_RATE), "segformer": (SegFormer, 5e-4)}
+
+
+def train(
+    model: nn.Module, data: PairDataset, minutes: float, batch_size: int, seed: int, peak_rate: float = PEAK_RATE
+) -> tuple[int, float]:
     """Trains with AdamW, the rate a cosine of the share of time gone, and returns pictures seen and minutes used.
 
     Loading the pictures counts as time; the last update is finished.
@@ -72,11 +89,11 @@ def train(model: UNet, data: PairDataset, minutes: float, batch_size: int, seed:
     """
     stream = BatchStream(len(data), batch_size, seed, stop=sys.maxsize)
     batches = iter(DataLoader(data, batch_sampler=stream, collate_fn=collate))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, fused=True)
     pictures_seen, start = 0, time.perf_counter()
     with tqdm(desc=f"training for {minutes:g} minutes", unit=" pictures", leave=False) as bar:
         while (share := (time.perf_counter() - start) / 60 / minutes) < 1:
-            optimizer.param_groups[0]["lr"] = PEAK_RATE * (1 + math.cos(math.pi * share)) / 2
+            optimizer.param_groups[0]["lr"] = peak_rate * (1 + math.cos(math.pi * share)) / 2
             batch = next(batches)
             loss = segmentation_loss(model(batch["image"]), batch["label"].float()).mean()
             if not loss.isfinite():
@@ -90,16 +107,17 @@ def train(model: UNet, data: PairDataset, minutes: float, batch_size: int, seed:
 
 
 @torch.inference_mode()
-def score(model: UNet, data: PairDataset, dataset_name: str, threshold: float) -> dict[str, Any]:
-    """Returns the summary of a split under the per-image protocol, at the data's resolution."""
+def score(model: nn.Module, data: PairDataset, threshold: float) -> list[PictureScore]:
+    """Returns the scores of a split under the per-image protocol, at the data's resolution."""
+    model.eval()
     scores = []
     for index, pair in enumerate(data.pairs):
         sample = data[0, index]
         soft = model(sample["image"].unsqueeze(0)).sigmoid()  # (1, H, W)
-        mask = build_codec(LAYOUTS[dataset_name].codec).quantise(soft, threshold)[0].bool().numpy()
+        mask = BinaryCodec().quantise(soft, threshold)[0].bool().numpy()
         prediction = (soft * 255).round().to(torch.uint8).expand(3, -1, -1).permute(1, 2, 0).numpy()  # (H, W, 3)
         scores.append(score_picture(prediction, mask, sample["label"].bool().numpy(), pair.name, pair.difficulty))
-    return summarise(scores)
+    return scores
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -118,22 +136,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise InputError(f"--out: {options.out} cannot be written ({error.strerror}); choose another file") from error
     keep_freed_memory()  # as in the trainer
     torch.manual_seed(options.seed)
-    model = UNet()
-    pictures_seen, minutes = train(model, data["train"], options.minutes, options.batch_size, options.seed)
-    validation, test = (score(model, data[split], name, options.threshold) for split in ("validation", "test"))
-    cpu = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else "")
-    machine = {"cpu": cpu[1] if cpu else "unknown", "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    network, peak_rate = NETWORKS[options.network]
+    model = network()
+    settings = (options.minutes, options.batch_size, options.seed, peak_rate)
+    pictures_seen, minutes = train(model, data["train"], *settings)
+    validation, test = (score(model, data[split], options.threshold) for split in ("validation", "test"))
     record = {
-        "command": shlex.join(["python", "-m", "benchmarks.unet", *arguments]),
-        "machine": {**machine, "torch": torch.__version__},
+        "command": shlex.join(["python", "-m", "benchmarks.scratch", *arguments]),
+        "machine": machine(),
         "minutes": round(minutes, 3),
         "pictures_seen": pictures_seen,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "validation": validation,
-        "scores": test,
+        "validation": summarise(validation),
+        "scores": summarise(test),
+        "pictures": {f"{each.difficulty}/{each.name}": [each.iou, each.boundary_iou] for each in test},
     }
     options.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(f"U-Net, test split, after {pictures_seen} pictures in {minutes:.2f} minutes", format_table(test), sep="\n")
+    print(f"{options.network}, test split, after {pictures_seen} pictures in {minutes:.2f} minutes")
+    print(format_table(summarise(test)))
 
 
 def _block(inputs: int, outputs: int) -> nn.Sequential:
@@ -144,11 +164,12 @@ def _block(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m benchmarks.unet", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser("python -m benchmarks.scratch", description=__doc__, allow_abbrev=False)
     parser.add_argument("--data", type=Path, default=Path("assets/glass_sample"), help="the data set's root")
+    parser.add_argument("--network", choices=NETWORKS, default="unet", help="[unet]")
     parser.add_argument("--minutes", type=float, default=5.0, help="training time; scoring comes on top")
     parser.add_argument("--batch_size", type=partial(convert, "train_batch_size", where="--batch_size"), default=16)
-    parser.add_argument("--out", type=Path, default=Path("runs/unet.json"), help="file for the results")
+    parser.add_argument("--out", type=Path, default=Path("runs/scratch.json"), help="file for the results")
     for name, default in CONFIG_FLAGS.items():
         kind, meaning = partial(convert, name, where=f"--{name}"), FIELDS[name].metadata["meaning"]
         parser.add_argument(f"--{name}", type=kind, default=default, help=meaning)
