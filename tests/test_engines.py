@@ -143,6 +143,24 @@ def test_deepspeed_zero_2_resumes_a_moving_average(flags: dict[str, object], lau
             torch.testing.assert_close(right[key], value, rtol=1e-4, atol=1e-6, msg=f"{name}: {key}")
 
 
+@pytest.mark.slow
+@needs_deepspeed
+def test_deepspeed_saves_the_fp32_weights_behind_its_half_precision(
+    flags: dict[str, object], launch: Launch, tmp_path: Path
+) -> None:
+    flags |= {"data_type": "bf16", "max_train_steps": 3, "val_steps": "null"}
+    launch("trainer.py", flags, "configs/accelerate/deepspeed_cpu.yaml")
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-3"
+    weights = load_file(checkpoint / "transformer" / "diffusion_pytorch_model.safetensors")
+    trained = {name: value for name, value in weights.items() if name.endswith(".weight")}
+    assert {value.dtype for value in trained.values()} == {torch.float32}
+    rounded = [name for name, value in trained.items() if value.bfloat16().float().equal(value)]
+    assert all(
+        "added_q" in name or "add_q_proj" in name for name in rounded
+    )  # of the last block, which asks nothing of the text
+    launch("trainer.py", {**flags, "max_train_steps": 4, "resume_from_checkpoint": "latest"})
+
+
 def test_fsdp_refuses_what_it_cannot_shard() -> None:
     from types import SimpleNamespace
 
