@@ -127,7 +127,6 @@ class Trainer:
         """One optimiser update over `gradient_accumulation_steps` batches."""
         rate = self.plan.rate(self.global_step)
         set_rate(self.optimizer, rate)
-        reseed(Stream.ROUNDING, self.config.seed, self.global_step)
         grad_norm = None
         for _ in range(self.config.gradient_accumulation_steps):
             batch = next(batches)
@@ -138,6 +137,8 @@ class Trainer:
                 self.accelerator.backward(losses["loss"].mean())
                 if self.accelerator.sync_gradients:
                     grad_norm = clip_gradients(self.accelerator, self.transformer, self.config.max_grad_norm)
+                # Here and not earlier: a loader that starts draws from the same generator as the rounding of the weights.
+                reseed(Stream.ROUNDING, self.config.seed, self.global_step)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             self.monitor.record_batch(self.global_step + 1, losses, batch["file"])

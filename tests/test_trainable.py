@@ -46,9 +46,14 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 COMPILED_WAYS: dict[str, dict[str, object]] = {
     "compiled": {"compile": "true"},
     "bf16 weights": {"weights": "bf16"},
-    "8-bit moments": {"optimizer": "adamw_8bit"},
+    "8-bit moments": {"optimizer": "adamw_8bit", "adam_epsilon": 1e-6},
     "averaged bf16 weights": {"weights": "bf16", "ema_decay": 0.9},
-    "folded bf16 weights, 8-bit moments": {"fold_conditioning": "true", "weights": "bf16", "optimizer": "adamw_8bit"},
+    "folded bf16 weights, 8-bit moments": {
+        "fold_conditioning": "true",
+        "weights": "bf16",
+        "optimizer": "adamw_8bit",
+        "adam_epsilon": 1e-6,
+    },
 }
 
 
