@@ -188,13 +188,14 @@ class Trainer:
         self.pipeline.vae.to(vae_device)
         summary = summarise(found.scores)
         # One process decides: saving is collective, and a shared disk may show each process another state.
-        threshold, _ = best_threshold(iou_curves(found.histograms))
+        threshold, best_iou = best_threshold(iou_curves(found.histograms))
+        iou = best_iou if self.config.threshold == "validation" else summary["iou"]
         best = checkpoints.read_best(self.config.output_dir)
-        if broadcast_object_list([best is None or summary["iou"] > best["iou"]])[0]:
+        if broadcast_object_list([best is None or iou > best["iou"]])[0]:
             self._save()
             if self.accelerator.is_main_process:
                 limit = self.config.checkpoints_total_limit
-                checkpoints.mark_best(self.config.output_dir, self.global_step, summary["iou"], limit, threshold)
+                checkpoints.mark_best(self.config.output_dir, self.global_step, iou, limit, threshold)
         self.monitor.record_validation(self.global_step, self._epoch(), summary)
 
     def _save(self) -> None:
@@ -225,7 +226,8 @@ class Trainer:
         if device.type == "cpu" and not config.compile:
             use_plain_attention(self.transformer)
         # What validation calls also holds the formulas that training uses.
-        parts = (self.transformer, vae, self.prompt, mask_decoder_of(self.transformer))
+        palette = layout_of(config.dataset_name, config.palette).palette
+        parts = (self.transformer, vae, self.prompt, mask_decoder_of(self.transformer), palette)
         self.pipeline = checkpoints.build_pipeline(config, base, *parts)
 
     def _make_plan(self, train: Scan) -> None:

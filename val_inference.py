@@ -20,7 +20,7 @@ from utils.engine import build_accelerator
 from utils.errors import InputError, run_command
 from utils.evaluation import evaluate
 from utils.metrics import summarise
-from utils.page import PAGE_FILE_NAME, write_page
+from utils.page import write_page
 from utils.protocols import calibration
 from utils.report import (
     BackgroundPngWriter,
@@ -60,18 +60,19 @@ def check_flags(config: Config, flags: frozenset[str], trained: Config, checkpoi
             )
 
 
-def check_classes(config: Config, trained: Config) -> None:
+def check_classes(config: Config, checkpoint: Path) -> None:
     """Compares what the masks to score by tell with what the checkpoint was trained to tell.
 
     Raises:
         InputError: if these are other classes.
     """
-    found, learnt = (layout_of(each.dataset_name, each.palette).palette for each in (config, trained))
+    found, learnt = layout_of(config.dataset_name, config.palette).palette, checkpoints.read_palette(checkpoint)
     if found != learnt:
         told = [" ".join(palette.names) if palette else "glass or not" for palette in (found, learnt)]
         raise InputError(
-            f"dataset_name: {config.dataset_name} tells {told[0]}, the checkpoint was trained to tell {told[1]} "
-            f"(dataset_name: {trained.dataset_name}); score it on masks of these"
+            f"dataset_name: {config.dataset_name} with palette: {config.palette} tells {told[0]}, the checkpoint was trained to tell "
+            f"{told[1]}{', in other colours' if told[0] == told[1] else ''}; score it on masks of these "
+            f"(--palette {checkpoint / checkpoints.PALETTE_FILE_NAME} for a folder)"
         )
 
 
@@ -101,7 +102,7 @@ def main() -> None:
     checkpoint = choose_checkpoint(config, flags)
     trained = checkpoints.read_config(checkpoint)
     check_flags(config, flags, trained, checkpoint)
-    check_classes(config, trained)
+    check_classes(config, checkpoint)
     layout = layout_of(config.dataset_name, config.palette)
     settings = {name: getattr(config, name) for name in ("denoise_steps", "ensemble_size", "tta", "tile_size")}
     settings["threshold"] = checkpoints.chosen_threshold(config, checkpoint)
@@ -171,11 +172,14 @@ def main() -> None:
         details = {"checkpoint": str(checkpoint), "objective": trained.objective, "resolution": resolution}
         details |= {"data_type": config.data_type, "seed": config.seed, **settings}
         (partial / "inference.json").write_text(json.dumps(details, indent=2) + "\n", encoding="utf-8")
-        write_page(partial, f"{Path(config.output_dir).name}, {final.name}")
         replace_folder(partial, final)
         print(format_table(summary, config.test_difficulty))
         print(format_protocols(evaluation["protocols"]))
-        print(f"pictures and scores: {final}; look at them in {final / PAGE_FILE_NAME}")
+        print(f"pictures and scores: {final}")
+        try:
+            print(f"to look at: {write_page(final, f'{Path(config.output_dir).name}, {final.name}')}")
+        except (InputError, OSError) as error:
+            print(f"warning: no page to look at ({error}); write it with: python -m utils.page {final}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

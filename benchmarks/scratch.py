@@ -16,8 +16,10 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -30,7 +32,8 @@ from models.losses import segmentation_loss
 from utils.config import FIELDS, convert
 from utils.engine import keep_freed_memory
 from utils.errors import InputError, TrainingDivergedError, run_command
-from utils.metrics import PictureScore, score_picture, summarise
+from utils.metrics import PictureScore, best_threshold, iou_curves, score_picture, summarise
+from utils.protocols import histogram
 from utils.provenance import machine
 from utils.report import format_table
 
@@ -107,6 +110,22 @@ def train(
 
 
 @torch.inference_mode()
+def histograms(model: nn.Module, data: PairDataset) -> NDArray[np.int64]:
+    """Returns the histograms of a split's soft masks, (N, 2, 256), see `utils.protocols.histogram`."""
+    model.eval()
+    samples = (data[0, index] for index in range(len(data)))
+    return np.stack(
+        [
+            histogram(
+                (model(each["image"][None]).sigmoid()[0] * 255).round().to(torch.uint8).numpy(),
+                each["label"].numpy() > 0,
+            )
+            for each in samples
+        ]
+    )
+
+
+@torch.inference_mode()
 def score(model: nn.Module, data: PairDataset, threshold: float) -> list[PictureScore]:
     """Returns the scores of a split under the per-image protocol, at the data's resolution."""
     model.eval()
@@ -125,6 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parse(arguments)
     name, data = options.dataset_name, {}
+    if LAYOUTS[name].palette:
+        raise InputError(f"--dataset_name: these networks tell glass or not, the masks of {name} tell classes")
     for split in ("train", "validation", "test"):
         seed = options.seed if options.augmentation and split == "train" else None
         pairs = scan(name, options.data, split).pairs
@@ -140,12 +161,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = network()
     settings = (options.minutes, options.batch_size, options.seed, peak_rate)
     pictures_seen, minutes = train(model, data["train"], *settings)
-    validation, test = (score(model, data[split], options.threshold) for split in ("validation", "test"))
+    threshold = options.threshold
+    if threshold == "validation":
+        threshold, _ = best_threshold(iou_curves(histograms(model, data["validation"])))
+    validation, test = (score(model, data[split], threshold) for split in ("validation", "test"))
     record = {
         "command": shlex.join(["python", "-m", "benchmarks.scratch", *arguments]),
         "machine": machine(),
         "minutes": round(minutes, 3),
         "pictures_seen": pictures_seen,
+        "threshold": threshold,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "validation": summarise(validation),
         "scores": summarise(test),

@@ -94,11 +94,17 @@ def train_and_score(
     folder = out / variant.name.replace("/", "_").replace(" ", "_").replace(",", "") / f"seed-{seed}"
     result = folder / "study.json"
     if result.is_file():
-        return json.loads(result.read_text(encoding="utf-8"))
+        record = json.loads(result.read_text(encoding="utf-8"))
+        if record["flags"] != list(more):
+            raise InputError(
+                f"{result}: was trained with the flags {shlex.join(record['flags'])!r}, not {shlex.join(more)!r}; choose another --out"
+            )
+        return record
     if variant.network is not None:
         record = _train_network(variant.network, seed, folder, seconds / 60)
     else:
         record = _train_variant(variant, seed, out, folder, more)
+    record["flags"] = list(more)
     partial = result.with_suffix(".part")
     partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     partial.replace(result)
@@ -107,7 +113,7 @@ def train_and_score(
 
 def _train_network(network: str, seed: int, folder: Path, minutes: float) -> dict[str, Any]:
     out = folder / "scratch.json"
-    flags = {"network": network, "seed": seed, "minutes": minutes, "out": out}
+    flags = {"network": network, "seed": seed, "minutes": minutes, "threshold": "validation", "out": out}
     _run("-m", ["benchmarks.scratch", *(part for name, value in flags.items() for part in (f"--{name}", str(value)))])
     content = json.loads(out.read_text(encoding="utf-8"))
     scores = {
@@ -209,7 +215,8 @@ def write_report(folder: Path, rows: Sequence[Mapping[str, Any]], command: str, 
 
 {seeds} seeds, {computer["cores"]} cores of {computer["processor"]}. Per-image protocol on the test split of the sample; the
 threshold is chosen on validation where the recipe says so. Each row is the first one with one change, trained on as many
-pictures; networks from scratch train for as many minutes. Intervals are 95 % bootstrap intervals over seeds and pictures, the
+pictures; networks from scratch train for as many minutes on the sample, loading included, choose their threshold in the same way,
+and see one view of each test picture where the recipe averages several. Intervals are 95 % bootstrap intervals over seeds and pictures, the
 differences paired by picture; minutes are those of the training's updates, without latents and scoring.
 
 {format_rows(rows)}

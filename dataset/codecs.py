@@ -18,6 +18,7 @@ from utils.errors import InputError, first_line
 
 LabelReader = Callable[[Image.Image], NDArray[np.uint8]]
 MIN_COLOUR_DISTANCE = 100.0  # in 8-bit RGB; what a VAE blurs moves a colour by a few tens
+MIN_EDGE_DISTANCE = 60.0
 MAX_CLASSES = 64
 
 
@@ -54,6 +55,17 @@ class Palette:
                     f"palette: {name} {list(colour)} and {other} {list(another)} collide: colours must be at least "
                     f"{MIN_COLOUR_DISTANCE:.0f} apart to survive the VAE; choose others"
                 )
+        for (name, colour), (other, another) in itertools.permutations(
+            zip(self.names[1:], self.colours[1:], strict=True), 2
+        ):
+            # The edge of a class runs through the colours between its own and black, where no other class may lie.
+            line, point = np.array(another, dtype=float), np.array(colour, dtype=float)
+            share = float(np.clip(point @ line / (line @ line), 0, 1))
+            if np.linalg.norm(point - share * line) < MIN_EDGE_DISTANCE:
+                raise InputError(
+                    f"palette: {name} {list(colour)} lies between the background and {other} {list(another)}: its colour would "
+                    "appear along every edge of that; choose another"
+                )
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Palette:
@@ -76,6 +88,11 @@ class Palette:
             ) from error
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
+
+    def save(self, path: Path) -> None:
+        """Writes what `from_file` reads."""
+        content = {name: list(colour) for name, colour in zip(self.names, self.colours, strict=True)}
+        path.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns names and colours as JSON holds them."""
@@ -112,10 +129,10 @@ TRANS10K_V2 = Palette(
         (0, 255, 255),
         (255, 0, 255),
         (255, 255, 255),
-        (128, 128, 0),
-        (0, 128, 128),
-        (128, 0, 128),
-        (255, 128, 128),
+        (255, 128, 0),
+        (0, 255, 128),
+        (128, 0, 255),
+        (255, 0, 128),
     ),
 )
 
@@ -136,7 +153,7 @@ class Codec(Protocol):
         """Turns soft labels (B, H, W) into masks (B, H, W), uint8, 1 for any label but 0."""
 
     def classes(self, pixels: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-        """Turns pixels (B, 3, H, W) in [-1, 1] and their masks (B, H, W) into labels (B, H, W), uint8, 0 outside of the masks."""
+        """Turns the pixels of a picture's voters (M, 3, H, W) in [-1, 1] and its mask (H, W) into a label (H, W), uint8."""
 
 
 class BinaryCodec:
@@ -164,7 +181,9 @@ class BinaryCodec:
 
 
 class PaletteCodec:
-    """Classes as colours; how transparent a pixel is, is told by how near it is to the background's black.
+    """Classes as colours; a pixel belongs to the colour whose way from the background's black it is nearest to.
+
+    A blurred edge lies on that way, so that it shows no third class.
 
     Args:
         palette: classes and colours.
@@ -179,35 +198,41 @@ class PaletteCodec:
         return self._colours.to(label.device)[label.long()].permute(0, 3, 1, 2)
 
     def decode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Turns pixels (B, 3, H, W), clamped to [-1, 1], into d0 / (d0 + d1) in [0, 1], (B, H, W).
+        """Turns pixels (B, 3, H, W), clamped to [-1, 1], into how far they are from black to their class's colour, (B, H, W) in [0, 1].
 
-        d0 is the distance to the background's colour, d1 that to the nearest other. Of black and white on the grey axis that is
-        what the binary codec says.
+        On the greys of black and white that is what the binary codec says.
         """
-        background, nearest = (values.sqrt() for values in self._squared_distances(pixels.float().clamp(-1, 1)))
-        return background / (background + nearest)
+        shares, distances = self._towards(pixels.float().clamp(-1, 1))
+        return shares.gather(1, distances.argmin(dim=1, keepdim=True))[:, 0].clamp(0, 1)
 
     def logits(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Turns pixels (B, 3, H, W) into the difference of their squared distances, over the channels' mean (B, H, W)."""
-        background, nearest = self._squared_distances(pixels.float())
-        return (background - nearest) / 3
+        """Turns pixels (B, 3, H, W) into 8 s - 4, (B, H, W), where s is that share, not clamped: .982 for a colour, .018 for black."""
+        shares, distances = self._towards(pixels.float())
+        return 8 * shares.gather(1, distances.argmin(dim=1, keepdim=True))[:, 0] - 4
 
     def quantise(self, soft: torch.Tensor, threshold: float) -> torch.Tensor:
         """Turns soft labels in [0, 1] into masks in {0, 1}, uint8: 1 where soft > threshold."""
         return (soft > threshold).to(torch.uint8)
 
     def classes(self, pixels: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-        """Returns within the masks the class of the nearest colour but the background's, (B, H, W), uint8."""
-        return (self._distances(pixels.float())[:, 1:].argmin(dim=1) + 1).to(torch.uint8) * masks
+        """Returns within the mask the class whose colour, or a darker one on its edge, is nearest to all voters, (H, W), uint8.
 
-    def _distances(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Returns squared distances (B, K, H, W) to every class's colour."""
-        colours = self._colours.to(pixels.device)
-        return torch.stack([(pixels - colour[:, None, None]).square().sum(dim=1) for colour in colours], dim=1)
+        Voters are averaged as probabilities, softmax(-4 d^2), and not as colours, whose mean may be a third class's.
+        """
+        _, distances = self._towards(pixels.float())
+        return ((-4 * distances).softmax(dim=1).mean(dim=0).argmax(dim=0) + 1).to(torch.uint8) * masks
 
-    def _squared_distances(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        distances = self._distances(pixels)
-        return distances[:, 0], distances[:, 1:].amin(dim=1)
+    def _towards(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns for each class but the background how far pixels are on the way from black to its colour, and their squared
+        distance to that way, both (B, K - 1, H, W).
+        """
+        lit = (pixels + 1) / 2
+        colours = (self._colours[1:].to(pixels.device) + 1) / 2
+        shares = torch.stack(
+            [(lit * colour[:, None, None]).sum(dim=1) / colour.square().sum() for colour in colours], dim=1
+        )
+        on_way = shares.clamp(0, 1)[:, :, None] * colours[:, :, None, None]  # (B, K - 1, 3, H, W)
+        return shares, 4 * (lit[:, None] - on_way).square().sum(dim=2)
 
 
 CODECS = ("binary", "palette")

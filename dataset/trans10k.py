@@ -48,6 +48,8 @@ class Layout:
     read_label: LabelReader
     palette: Palette | None = None
     masks_folder: str = "masks"
+    may_be_flat: bool = False
+    """Whether a split may lack its difficulty folders."""
 
     @property
     def codec(self) -> str:
@@ -64,6 +66,8 @@ class Layout:
             if difficulty != "mix":
                 raise InputError(f"difficulty {difficulty}: this data set has no difficulty folders; use mix")
             return [("", root / split)]
+        if difficulty == "mix" and self.may_be_flat and (root / split / "images").is_dir():
+            return [("", root / split)]
         chosen = self.difficulties if difficulty == "mix" else (difficulty,)
         return [(name, root / split / name) for name in chosen]
 
@@ -72,7 +76,11 @@ LAYOUTS = {
     "trans10k": Layout(("easy", "hard"), read_trans10k_label),
     "trans10k_classes": Layout(("easy", "hard"), read_trans10k_classes, THINGS_STUFF),
     "trans10k_v2": Layout(
-        ("easy", "hard"), partial(read_class_ids, num_classes=len(TRANS10K_V2.names)), TRANS10K_V2, "masks_12"
+        ("easy", "hard"),
+        partial(read_class_ids, num_classes=len(TRANS10K_V2.names)),
+        TRANS10K_V2,
+        "masks_12",
+        may_be_flat=True,
     ),
     "folder": Layout((), read_nonzero_label),
 }

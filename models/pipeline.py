@@ -239,18 +239,19 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
             pixels = self._predict_tiles(view, generators, members, steps, batch_size, tile_size)
             pixels = _resized(pixels.flip(-1) if flipped else pixels, list(images.shape[2:]))
             views.append(pixels.unflatten(0, (len(images), members)))
+        classes = []
         for group in torch.cat(views, dim=1):  # (views x members, 3, H, W) of a picture
             member_soft = self.codec.decode(group)
             predictions.append((group.mean(dim=0) + 1) / 2)
             soft.append(member_soft.mean(dim=0))
+            classes.append(self.codec.classes(group, self.codec.quantise(soft[-1], threshold)))
             uncertainty.append(member_soft.std(dim=0, correction=0))
-        soft_masks, pixels = torch.stack(soft), torch.stack(predictions)
-        masks = self.codec.quantise(soft_masks, threshold)
+        soft_masks = torch.stack(soft)
         return SegmentationOutput(
-            predictions=pixels,
+            predictions=torch.stack(predictions),
             soft=soft_masks,
-            masks=masks,
-            classes=self.codec.classes(pixels * 2 - 1, masks),
+            masks=self.codec.quantise(soft_masks, threshold),
+            classes=torch.stack(classes),
             uncertainty=torch.stack(uncertainty) if self.objective.stochastic or len(views) > 1 else None,
         )
 

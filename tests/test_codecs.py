@@ -105,13 +105,44 @@ def test_classes_survive_the_way_to_pixels_and_back_with_noise(palette: Palette)
     pixels = codec.encode(label)
     assert pixels.shape == (2, 3, 16, 16)
     assert np.array_equal(((pixels + 1) * 127.5).round().permute(0, 2, 3, 1).numpy(), palette.paint(label.numpy()))
-    # Less than half of the smallest distance between two colours, 100 of 255, in any direction.
+    # Less than the 45 of 255 from orange to half the way to yellow's shades, in any direction.
     noise = torch.randn(pixels.shape, generator=generator)
-    noise = noise / noise.norm(dim=1, keepdim=True) * (49 / 127.5)
+    noise = noise / noise.norm(dim=1, keepdim=True) * (44 / 127.5)
     masks = codec.quantise(codec.decode(pixels + noise), 0.5)
     inside = ((pixels + noise).abs() <= 1).all(dim=1)  # decoding clamps, which may only help
     assert masks[inside].equal((label > 0).to(torch.uint8)[inside])
-    assert codec.classes(pixels + noise, (label > 0).to(torch.uint8)).equal(label)
+    for each, truth in zip(pixels + noise, label, strict=True):
+        assert codec.classes(each[None], (truth > 0).to(torch.uint8)).equal(truth)
+
+
+@pytest.mark.parametrize("palette", PALETTES)
+def test_an_edge_that_is_blurred_shows_no_third_class(palette: Palette) -> None:
+    codec = PaletteCodec(palette)
+    shares = torch.linspace(0, 1, 41)
+    for number in range(1, len(palette.names)):
+        ends = codec.encode(torch.tensor([[[0, number]]], dtype=torch.uint8))  # (1, 3, 1, 2)
+        edge = ends[..., :1] + shares * (ends[..., 1:] - ends[..., :1])
+        masks = codec.quantise(codec.decode(edge), 0.5)[0]
+        assert set(codec.classes(edge, masks)[0, shares >= 0.55].tolist()) == {number}
+        assert not masks[0, shares <= 0.3].any()
+
+
+def test_voters_are_counted_by_class_and_not_by_the_mean_of_their_colours() -> None:
+    codec = PaletteCodec(TRANS10K_V2)
+    red, yellow = (
+        TRANS10K_V2.names.index(name) for name in ("shelf", "window")
+    )  # whose mean is another class's orange
+    voters = codec.encode(torch.tensor([[[red]]] * 3 + [[[yellow]]] * 2, dtype=torch.uint8))
+    assert codec.classes(voters, torch.ones(1, 1, dtype=torch.uint8)).item() == red
+
+
+@pytest.mark.parametrize("palette", PALETTES)
+def test_each_class_is_as_sure_in_its_own_colour(palette: Palette) -> None:
+    codec = PaletteCodec(palette)
+    label = torch.arange(len(palette.names), dtype=torch.uint8)[None, None]
+    logits = codec.logits(codec.encode(label))[0, 0]
+    torch.testing.assert_close(logits[1:], torch.full_like(logits[1:], 4.0))
+    assert logits[0] == pytest.approx(-4.0)
 
 
 def test_a_palette_of_black_and_white_says_on_greys_what_the_binary_codec_says() -> None:
@@ -134,6 +165,7 @@ def test_a_palette_survives_a_file(tmp_path: Path) -> None:
         ('{"background": [0, 0, 0], "a": [255, 0, 0], "b": [255, 60, 0]}', "a .* and b .* collide"),
         ('{"background": [0, 0, 0], "a": [50, 50, 50]}', "background .* and a .* collide"),
         ('{"background": [0, 0, 0], "a": [255, 0, 0], "a": [0, 255, 0]}', "two classes are called a"),
+        ('{"background": [0, 0, 0], "a": [255, 255, 0], "b": [128, 128, 0]}', "b .* lies between the background and a"),
         ('{"background": [9, 0, 0], "a": [255, 0, 0]}', "must be black"),
         ('{"background": [0, 0, 0]}', "expected 2 to 64 classes"),
         ('{"background": [0, 0, 0], "a": [255, 0]}', "'a' needs a name and a colour"),

@@ -21,7 +21,7 @@ from utils.protocols import calibration, histogram
 from utils.report import write_evaluation, write_scores
 from utils.scoring import intervals
 
-NAMES = ("easy_1", "<_script><b>&", "büro 2")
+NAMES = ("easy_1", "<!--<script><b>&", "büro 2")
 
 
 def write_folder(folder: Path, names: tuple[str, ...] = NAMES, uncertain: bool = False) -> Path:

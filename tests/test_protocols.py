@@ -173,10 +173,20 @@ def test_the_command_scores_by_every_protocol_asked_for(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert list(found) == ["glass", "translab"]
     assert (found["translab"]["miou"], found["translab"]["mber"]) == (1, 0)
-    assert found["glass"]["iou"] == pytest.approx(0.5, abs=0.02)  # the grey of things is less than one half sure
+    assert found["glass"]["iou"] == pytest.approx(1, abs=0.02)  # label maps under that protocol too
+    soft = json.loads(run_metrics(predictions, truths, "--protocol", "glass").stdout)["glass"]
+    assert soft["iou"] == pytest.approx(0.5, abs=0.02)  # a grey of 85 is a certainty of a third
     assert run_metrics(predictions, "--protocol", "glass").stderr == (
         "error: --protocol: needs two folders, PREDICTIONS and TRUTHS\n"
     )
+
+
+def test_masks_of_16_bits_are_read_whole_and_a_soft_truth_is_glass_from_one_half(tmp_path: Path) -> None:
+    truth = np.array([[0, 100, 200, 255]], np.uint8)
+    predictions = write(tmp_path / "predictions", a=np.array([[0, 0, 0x8100, 0xFFFF]], np.uint16))
+    found = score_folders(predictions, write(tmp_path / "truths", a=truth), ["per_image"])
+    assert found["per_image"]["iou"] == 1
+    assert found["per_image"]["mse"] == pytest.approx((126 / 255) ** 2 / 4, abs=1e-6)
 
 
 def test_bad_folders_are_named(tmp_path: Path) -> None:
@@ -189,5 +199,8 @@ def test_bad_folders_are_named(tmp_path: Path) -> None:
         InputError, match=r"other: 2 masks are in one folder alone|ok: 2 masks are in one folder alone, a here"
     ):
         score_folders(ok, write(tmp_path / "other", b=np.zeros((4, 4), np.uint8)), ["glass"])
+    twice = write(tmp_path / "twice", a=np.zeros((4, 4), np.uint8), a_mask=np.zeros((4, 4), np.uint8))
+    with pytest.raises(InputError, match=r"twice: a\.png and a_mask\.png are masks of one name"):
+        score_folders(twice, ok, ["glass"])
     with pytest.raises(InputError, match=r"a\.png: grey 7 is no class"):
         score_folders(write(tmp_path / "odd", a=np.full((4, 4), 7, np.uint8)), ok, ["translab"])

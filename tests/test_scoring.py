@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from dataset.trans10k import LAYOUTS, Pair, layout_of
-from tests.conftest import RESOLUTION, Launch
+from tests.conftest import RESOLUTION, Launch, write_pair
+from utils.checkpoints import load_pipeline
 from utils.errors import InputError
-from utils.metrics import summarise
+from utils.metrics import score_folder, summarise
 from utils.protocols import summarise_classes, summarise_glass, summarise_translab
 from utils.scoring import Scorer, intervals
 
@@ -119,10 +121,37 @@ def test_a_training_on_classes_is_scored_by_their_protocols(
     assert classes.shape == (RESOLUTION, RESOLUTION)
     assert np.array_equal(CLASSES.palette.paint(classes), colours)
 
+    again = score_folder(folder)
+    assert summarise(again) == json.loads((folder / "metrics.json").read_text())
+
     refused = launch("val_inference.py", {**flags, "dataset_name": "trans10k", "protocol": "per_image"}, check=2)
-    assert "dataset_name: trans10k tells glass or not, the checkpoint was trained to tell background things stuff" in (
-        refused.stderr
+    assert "tells glass or not, the checkpoint was trained to tell background things stuff" in refused.stderr
+    resumed = {**flags, "dataset_name": "trans10k", "resume_from_checkpoint": "latest", "max_train_steps": 4}
+    assert (
+        "was trained to tell other classes than the masks of dataset_name: trans10k"
+        in launch("trainer.py", resumed, check=2).stderr
     )
+
+
+def test_a_checkpoint_keeps_the_classes_of_its_folder(flags: dict[str, object], launch: Launch, tmp_path: Path) -> None:
+    colours = {"background": [0, 0, 0], "cup": [255, 0, 0], "window": [255, 255, 255]}
+    palette = tmp_path / "palette.json"
+    palette.write_text(json.dumps(colours))
+    for split in ("train", "validation", "test"):
+        write_pair(tmp_path / "data" / split, "1", 1)
+        mask = np.array(Image.open(tmp_path / "data" / split / "masks" / "1_mask.png"))
+        mask[:18, :, 1:] = 0  # the upper half is a cup
+        Image.fromarray(mask).save(tmp_path / "data" / split / "masks" / "1_mask.png")
+    flags |= {"dataset_name": "folder", "dataset_path": tmp_path / "data", "palette": palette, "train_batch_size": 1}
+    flags |= {"max_train_steps": 1, "val_steps": "null", "save_checkpoint_steps": 1, "lr_warmup_steps": 0}
+    launch("trainer.py", flags)
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-1"
+    palette.unlink()
+    assert load_pipeline(checkpoint, torch.float32).palette.names == ("background", "cup", "window")
+    scored = {**flags, "palette": checkpoint / "palette.json", "protocol": "classes"}
+    launch("val_inference.py", scored)
+    forgotten = launch("val_inference.py", {**scored, "palette": "null", "protocol": "glass"}, check=2)
+    assert f"(--palette {checkpoint / 'palette.json'} for a folder)" in forgotten.stderr
 
 
 def test_three_processes_score_as_one_does(flags: dict[str, object], launch: Launch, tmp_path: Path) -> None:

@@ -34,12 +34,13 @@ def test_run_writes_its_scores(
     ticks = itertools.count()  # a clock on which every update takes 50 ms
     monkeypatch.setattr("benchmarks.scratch.time", SimpleNamespace(perf_counter=lambda: next(ticks) * 0.05))
     out = tmp_path / "results" / "unet.json"
-    flags = f"--data {trans10k} --resolution 32 --batch_size 4 --minutes 0.025 --out {out}"
+    flags = f"--data {trans10k} --resolution 32 --batch_size 4 --minutes 0.025 --threshold validation --out {out}"
     main(shlex.split(flags))
     record = json.loads(out.read_text(encoding="utf-8"))
     assert record["command"] == f"python -m benchmarks.scratch {flags}"
     assert record["minutes"] >= 0.025
     assert len(record["pictures"]) == 10
+    assert 0 < record["threshold"] < 1
     assert record["pictures_seen"] == 29 * 4
     assert record["machine"]["versions"]["torch"] == torch.__version__
     assert (record["validation"]["num_images"], record["scores"]["num_images"]) == (6, 10)
@@ -61,6 +62,7 @@ def test_out_is_checked_before_training(trans10k: Path, tmp_path: Path) -> None:
     [
         (["--minutes", "nan"], "--minutes: nan is not valid"),
         (["--resolution", "40"], "--resolution: '40' is not valid"),
+        (["--dataset_name", "trans10k_classes"], "--dataset_name: these networks tell glass or not"),
         (["--data", "nowhere"], "nowhere: no such data set folder"),
         (["--batch_size", "0"], "--batch_size: '0' is not valid"),
         (["--augmentation", "maybe"], "--augmentation: 'maybe' is not valid"),

@@ -460,6 +460,15 @@ def test_the_second_version_keeps_its_ids_in_a_folder_of_its_own(tmp_path: Path)
         read_label(pair.mask_path, layout.read_label)
 
 
+def test_the_second_version_may_lack_difficulties(tmp_path: Path) -> None:
+    for name, suffix in (("images", "1.jpg"), ("masks_12", "1_mask.png")):
+        (tmp_path / "test" / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((3, 4, 3), np.uint8)).save(tmp_path / "test" / name / suffix)
+    assert [pair.difficulty for pair in scan("trans10k_v2", tmp_path, "test").pairs] == [""]
+    with pytest.raises(InputError, match="no such folder"):
+        scan("trans10k", tmp_path, "test")
+
+
 def test_a_palette_belongs_to_a_folder(tmp_path: Path) -> None:
     path = tmp_path / "palette.json"
     path.write_text('{"background": [0, 0, 0], "cup": [255, 0, 0], "window": [0, 0, 255]}')

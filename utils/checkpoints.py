@@ -1,7 +1,7 @@
 """Checkpoints: written beside and renamed when whole, found by name, rotated, exported.
 
 A checkpoint is a folder `checkpoint-<global_step>` with `transformer/` (Diffusers, safetensors) or `adapter/` (peft),
-`mask_decoder/` where one is trained, `empty_prompt.safetensors`, `config.yaml`, `training_state.json` and the optimiser's state: `optimizer.safetensors`, or an
+`mask_decoder/` where one is trained, `palette.json` where masks tell classes, `empty_prompt.safetensors`, `config.yaml`, `training_state.json` and the optimiser's state: `optimizer.safetensors`, or an
 engine's own shards under `engine/`, which are read on explicit resume only. Where a moving average is kept, `transformer/`
 shows it, and `raw_weights.safetensors` and `average.safetensors` are there to go on from. `python -m utils.checkpoints export RUN OUT` makes a pipeline of one.
 """
@@ -22,6 +22,7 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 
+from dataset.codecs import Palette
 from dataset.trans10k import layout_of
 from models.base import (
     DTYPES,
@@ -54,6 +55,7 @@ AVERAGE_FILE_NAME = "average.safetensors"
 ENGINE_FOLDER_NAME = "engine"
 CONFIG_FILE_NAME = "config.yaml"
 BEST_FILE_NAME = "best.json"
+PALETTE_FILE_NAME = "palette.json"
 DEFAULT_THRESHOLD = 0.5
 NAME_PATTERN = re.compile(r"checkpoint-(\d+)")
 
@@ -178,6 +180,12 @@ def read_state(checkpoint: Path) -> TrainingState:
         raise InputError(f"{path}: cannot be read ({first_line(error)}); resume from another checkpoint") from error
 
 
+def read_palette(checkpoint: Path) -> Palette | None:
+    """Returns the classes that a checkpoint tells, None if it tells glass or not."""
+    path = checkpoint / PALETTE_FILE_NAME
+    return Palette.from_file(path) if path.is_file() else None
+
+
 def read_config(checkpoint: Path) -> Config:
     """Reads the resolved configuration that a checkpoint was trained with."""
     return merge_layers([load_layer(checkpoint / CONFIG_FILE_NAME)])
@@ -250,6 +258,8 @@ def write_checkpoint(
         save_file(dict(raw_weights), partial / RAW_WEIGHTS_FILE_NAME)
     if average is not None:
         save_file({name: value.cpu() for name, value in average.items()}, partial / AVERAGE_FILE_NAME)
+    if palette := layout_of(config.dataset_name, config.palette).palette:
+        palette.save(partial / PALETTE_FILE_NAME)
     (partial / CONFIG_FILE_NAME).write_text(to_yaml(config, comments=False), encoding="utf-8")
     (partial / STATE_FILE_NAME).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
 
@@ -351,7 +361,8 @@ def build_pipeline(
     transformer: SD3Transformer2DModel,
     vae: AutoencoderKL,
     prompt: EmptyPrompt,
-    mask_decoder: LightMaskDecoder | None = None,
+    mask_decoder: LightMaskDecoder | None,
+    palette: Palette | None,
 ) -> TransparencySegmentationPipeline:
     """Puts a pipeline together whose defaults are the configuration's."""
     names = [
@@ -370,8 +381,7 @@ def build_pipeline(
     settings = {name: getattr(config, name) for name in names}
     if settings["threshold"] == "validation":
         settings["threshold"] = DEFAULT_THRESHOLD
-    layout = layout_of(config.dataset_name, config.palette)
-    settings |= {"codec": layout.codec, "palette": layout.palette.to_dict() if layout.palette else None}
+    settings |= {"codec": "palette" if palette else "binary", "palette": palette.to_dict() if palette else None}
     parts = (transformer, vae, load_scheduler(base), prompt, mask_decoder)
     return TransparencySegmentationPipeline(*parts, **settings)
 
@@ -405,7 +415,7 @@ def load_pipeline(checkpoint: Path, dtype: torch.dtype, compiled: bool = False) 
         best = read_best(checkpoint.parent.parent)
         chosen = best is not None and best["checkpoint"] == checkpoint.name
         config = replace(config, threshold=chosen_threshold(config, checkpoint) if chosen else DEFAULT_THRESHOLD)
-    return build_pipeline(config, base, transformer, vae, prompt, decoder)
+    return build_pipeline(config, base, transformer, vae, prompt, decoder, read_palette(checkpoint))
 
 
 def export(run: Path, out: Path, name: str = "best", data_type: str = "fp32") -> Path:

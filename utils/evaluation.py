@@ -71,8 +71,8 @@ def evaluate(
         num_workers: loader processes.
         settings: `threshold`, `denoise_steps`, `ensemble_size`, `tta` for the pipeline's call.
         write: receives each picture's name and its `img`, `pred`, `maskq`, `maskgt` and, where predictions vote,
-            `uncertainty`, all uint8, (H, W, 3) or (H, W); where masks tell classes, `maskq` and `maskgt` are in their colours
-            and `classes` holds the predicted ones.
+            `uncertainty`, all uint8, (H, W, 3) or (H, W); where masks tell classes, `maskq` and `maskgt` are in their colours,
+            `classes` holds the predicted ones, `colours` the decode and `pred` how sure each pixel is glass.
         scorer: scores each picture by more protocols and at more sizes, in the background.
         poll_stop: called by all processes before each batch; a non-zero exit code ends the evaluation.
         description: of the progress bar.
@@ -112,8 +112,7 @@ def evaluate(
                 continue
             pictures = _pictures(pipeline, batch, output)
             soft, classes, labels = _to_uint8(output.soft), output.classes.numpy(), batch["label"].numpy()
-            # Colours stand for classes; how far they are from the truth's white says nothing.
-            raw = pictures["pred"] if pipeline.palette is None else np.repeat(soft[..., None], 3, axis=3)
+            raw = pictures["pred"]
             for position, (index, name) in enumerate(zip(batch["index"], batch["name"], strict=True)):
                 pair, truth = dataset.pairs[index], labels[position] > 0
                 score = score_picture(raw[position], classes[position] > 0, truth, name, pair.difficulty)
@@ -145,6 +144,9 @@ def _pictures(
         pictures["maskq"] = output.masks.numpy() * np.uint8(255)
         pictures["maskgt"] = batch["label"].numpy() * np.uint8(255)
     else:
+        # Colours stand for classes; how far they are from the truth's white says nothing, so the raw prediction is that of glass.
+        pictures["colours"] = pictures["pred"]
+        pictures["pred"] = np.repeat(_to_uint8(output.soft)[..., None], 3, axis=3)
         pictures["classes"] = output.classes.numpy()
         pictures["maskq"], pictures["maskgt"] = (
             pipeline.palette.paint(values) for values in (pictures["classes"], batch["label"].numpy())

@@ -85,9 +85,11 @@ def score_picture(
         raise ValueError(f"shapes differ: prediction {prediction.shape}, mask {mask.shape}, truth {truth.shape}")
     true_positives, positives = int((mask & truth).sum()), int(truth.sum())
     union = int((mask | truth).sum())
-    # In integers until the last division, so that the result does not depend on the order of summation.
-    error = prediction.astype(np.int64) - truth[..., None] * np.int64(255)
-    mse = int((error * error).sum()) / (error.size * 255 * 255)
+    # In integers until the last division, so that the result does not depend on the order of summation; by counts of each grey
+    # level, because pictures may have many millions of pixels.
+    levels = np.arange(256)
+    inside, outside = (np.bincount(prediction[part].ravel(), minlength=256) for part in (truth, ~truth))
+    mse = int((inside * (255 - levels) ** 2 + outside * levels**2).sum()) / (prediction.size * 255 * 255)
     return PictureScore(
         name=name,
         difficulty=difficulty,
@@ -161,9 +163,7 @@ def score_folder(folder: Path) -> list[PictureScore]:
         difficulties = {row["name"]: row.get("difficulty") or "" for row in rows}
     scores = []
     for name in names:
-        # Classes are colours, of which each has a bright channel.
-        truth = _read(folder / f"{name}_maskgt.png", "RGB").max(axis=2) > 127
-        mask = _read(folder / f"{name}_maskq.png", "RGB").max(axis=2) > 127
+        truth, mask = (read_mask(folder, name, kind) for kind in ("maskgt", "maskq"))
         prediction = _read(folder / f"{name}_pred.png", "RGB")
         try:
             scores.append(score_picture(prediction, mask, truth, name, difficulties.get(name, "")))
@@ -172,12 +172,23 @@ def score_folder(folder: Path) -> list[PictureScore]:
     return scores
 
 
+def read_mask(folder: Path, name: str, kind: str) -> NDArray[np.bool_]:
+    """Returns where a written mask is glass, (H, W): brighter than half, or any colour but black where masks tell classes.
+
+    Raises:
+        InputError: naming the file that is missing or unreadable.
+    """
+    level = 0 if (folder / f"{name}_classes.png").is_file() else 127
+    return _read(folder / f"{name}_{kind}.png", "RGB").max(axis=2) > level
+
+
 def score_folders(predictions: Path, truths: Path, protocols: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Scores a folder of predicted masks against a folder of true ones, matched by name (`_mask` at its end is left out).
 
-    Under `per_image` and `glass` any grey above 0 is glass in the truth, a prediction's grey is its certainty and is resized to
-    the truth's size (bilinear); glass is predicted from 128 on. Under `translab` both are label maps in Trans10k's greys 0, 85
-    and 255, taken to 512 x 512 by nearest neighbour.
+    Under `per_image` and `glass` a truth of Trans10k's greys 0, 85 and 255 alone has glass where it is not 0, another truth from
+    128 on; a prediction's grey is its certainty and is resized to the truth's size (bilinear), and glass is predicted from 128 on.
+    Under `translab` both are label maps in these greys, taken to 512 x 512 by nearest neighbour; where it is among the protocols,
+    the other two take the prediction for a label map too.
 
     Returns:
         The figures of each protocol by its name.
@@ -190,17 +201,19 @@ def score_folders(predictions: Path, truths: Path, protocols: Sequence[str]) -> 
     glass: list[GlassRecord] = []
     translab: list[TransLabRecord] = []
     for name, (prediction_path, truth_path) in pairs.items():
-        soft, truth = _read(prediction_path, "L"), _read(truth_path, "L")
+        soft, greys = _read(prediction_path, "L"), _read(truth_path, "L")
         if "translab" in protocols:
-            labels = [_labels(path, values) for path, values in ((prediction_path, soft), (truth_path, truth))]
+            labels = [_labels(path, values) for path, values in ((prediction_path, soft), (truth_path, greys))]
             translab.append(score_translab(labels[0], labels[1]))
+            soft = (soft > 0) * np.uint8(255)
+        truth = greys > (0 if set(np.unique(greys).tolist()) <= CLASS_COLOURS.keys() else 127)
         if soft.shape != truth.shape:
             soft = np.array(Image.fromarray(soft).resize(truth.shape[::-1], Image.Resampling.BILINEAR))
         mask = soft >= 128
         if "per_image" in protocols:
-            per_image.append(score_picture(np.repeat(soft[..., None], 3, axis=2), mask, truth > 0, name))
+            per_image.append(score_picture(np.repeat(soft[..., None], 3, axis=2), mask, truth, name))
         if "glass" in protocols:
-            glass.append(score_glass(soft, truth > 0))
+            glass.append(score_glass(soft, truth))
     results: dict[str, dict[str, Any]] = {}
     if per_image:
         results["per_image"] = summarise(per_image)
@@ -217,7 +230,12 @@ def _match(predictions: Path, truths: Path) -> dict[str, tuple[Path, Path]]:
     for folder in (predictions, truths):
         if not folder.is_dir():
             raise InputError(f"{folder}: no such folder of masks")
-        files = {path.stem.removesuffix("_mask"): path for path in sorted(folder.glob("*.png"))}
+        files: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.png")):
+            name = path.stem.removesuffix("_mask")
+            if name in files:
+                raise InputError(f"{folder}: {files[name].name} and {path.name} are masks of one name; remove one")
+            files[name] = path
         if not files:
             raise InputError(f"{folder}: holds no PNG")
         found.append(files)
@@ -254,6 +272,10 @@ def _means(scores: Sequence[PictureScore]) -> dict[str, Any]:
 def _read(path: Path, mode: str) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits, which a conversion would clip
+                return np.array(
+                    Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).astype(np.uint8)).convert(mode)
+                )
             return np.array(image.convert(mode))
     except FileNotFoundError as error:
         raise InputError(f"{path}: missing; each NAME needs _maskq, _pred and _maskgt") from error

@@ -24,10 +24,12 @@ from PIL import Image
 
 from utils.errors import InputError, first_line, run_command
 from utils.metrics import COLUMNS
+from utils.scoring import PUBLISHED_SIZES
 
 PAGE_FILE_NAME = "report.html"
 TEMPLATE = Path(__file__).with_name("page_template.html")
 TILE_SIDE = 96
+MAX_THREADS = 4  # each holds a prediction's pictures
 WEBP_QUALITY = 55
 MISSED, INVENTED = (230, 97, 0), (26, 100, 220)  # told apart by colour-blind readers too
 HEADINGS = {"iou": "IoU", "recall": "recall", "mse": "MSE", "boundary_iou": "boundary IoU"}
@@ -55,7 +57,7 @@ def write_page(folder: Path, title: str | None = None) -> Path:
         scores = [[row["name"], row["difficulty"], *(float(row[column]) for column in COLUMNS)] for row in rows]
     except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{table}: cannot be read as scores ({first_line(error)})") from error
-    with ThreadPoolExecutor() as pool:  # decoding and compressing release the interpreter lock
+    with ThreadPoolExecutor(MAX_THREADS) as pool:  # decoding and compressing release the interpreter lock
         strips = list(pool.map(lambda row: strip(folder, row["name"]), rows))
     data = {
         "columns": [HEADINGS[column] for column in COLUMNS],
@@ -70,8 +72,8 @@ def write_page(folder: Path, title: str | None = None) -> Path:
             f'<img alt="{html.escape(name)}" src="data:image/svg+xml;base64,{base64.b64encode(svg).decode()}">'
             for name, svg in plots(evaluation, curves).items()
         ),
-        # A script ends at the first </, wherever it stands.
-        "data": json.dumps(data, separators=(",", ":")).replace("</", "<\\/"),
+        # A tag in a name would end the script or change how it is read.
+        "data": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
     }
     page = re.sub(r"@(\w+)@", lambda place: parts[place[1]], TEMPLATE.read_text(encoding="utf-8"))
     partial = folder / f".{PAGE_FILE_NAME}.part"
@@ -86,16 +88,18 @@ def strip(folder: Path, name: str) -> bytes:
         InputError: naming the file that is missing or cannot be read.
     """
     images = {kind: _read_png(folder / f"{name}_{kind}.png") for kind in ("img", "maskgt", "maskq", "pred")}
-    truth, mask = (np.array(images[kind]).max(axis=2) > 127 for kind in ("maskgt", "maskq"))
-    if truth.shape != mask.shape:
+    if images["maskgt"].size != images["maskq"].size:
         raise InputError(f"{folder / name}_maskq.png: not the size of {name}_maskgt.png")
-    tiles = [*images.values(), Image.fromarray(error_map(np.array(images["img"]), mask, truth))]
     if (folder / f"{name}_uncertainty.png").is_file():
-        tiles.append(_read_png(folder / f"{name}_uncertainty.png"))
-    side = TILE_SIDE
-    small = [np.array(tile.resize((side, side), Image.Resampling.BOX)) for tile in tiles]
+        images["uncertainty"] = _read_png(folder / f"{name}_uncertainty.png")
+    small = {kind: np.array(image.resize((TILE_SIDE,) * 2, Image.Resampling.BOX)) for kind, image in images.items()}
+    level = 0 if (folder / f"{name}_classes.png").is_file() else 127  # as in utils.metrics
+    truth, mask = (small[kind].max(axis=2) > level for kind in ("maskgt", "maskq"))
+    tiles = [small[kind] for kind in ("img", "maskgt", "maskq", "pred")]
+    tiles.append(error_map(small["img"], mask, truth))
+    tiles += [small["uncertainty"]] if "uncertainty" in small else []
     buffer = io.BytesIO()
-    Image.fromarray(np.concatenate(small, axis=1)).save(buffer, "WEBP", quality=WEBP_QUALITY, method=2)
+    Image.fromarray(np.concatenate(tiles, axis=1)).save(buffer, "WEBP", quality=WEBP_QUALITY, method=2)
     return buffer.getvalue()
 
 
@@ -139,7 +143,13 @@ def protocols_table(protocols: Mapping[str, Mapping[str, Any]]) -> str:
     for protocol, sizes in protocols.items():
         columns = [name for name, value in next(iter(sizes.values()), {}).items() if isinstance(value, float)]
         cells = [[protocol, *columns]]
-        cells += [[size, *(_number(figures.get(name)) for name in columns)] for size, figures in sizes.items()]
+        cells += [
+            [
+                f"{size}{' (as published)' if PUBLISHED_SIZES.get(protocol) == size else ''}",
+                *(_number(figures.get(name)) for name in columns),
+            ]
+            for size, figures in sizes.items()
+        ]
         tables.append(_html_table(cells))
         classes = {size: figures["iou"] for size, figures in sizes.items() if isinstance(figures.get("iou"), dict)}
         if classes:

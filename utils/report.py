@@ -118,7 +118,7 @@ def format_protocols(protocols: dict[str, dict[str, Any]]) -> str:
             lines.append(
                 f"{protocol:<10} {size:<9} " + ", ".join(f"{name} {value:.4f}" for name, value in shown.items())
             )
-    return "\n".join(lines)
+    return "\n".join([*lines, "* the size at which the protocol's own papers score"])
 
 
 def contact_sheet(folder: Path, count: int, columns: int = 2) -> Image.Image:

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from dataset.trans10k import layout_of
 from models.prompt import EmptyPrompt
 from utils import checkpoints
 from utils.checkpoints import TrainingState
@@ -55,6 +56,11 @@ def find_resumed(config: Config) -> Path | None:
                 f"{found}: was trained with {name}: {getattr(trained, name)}, not {getattr(config, name)}; resume with the "
                 "run's own flags and files"
             )
+    if checkpoints.read_palette(found) != layout_of(config.dataset_name, config.palette).palette:
+        raise InputError(
+            f"{found}: was trained to tell other classes than the masks of dataset_name: {config.dataset_name} with palette: "
+            f"{config.palette} do; resume with the run's own flags and files"
+        )
     if trained.objective != config.objective or not checkpoints.same_base(trained, config):
         raise InputError(
             f"{found}: was trained with {trained.objective} on {trained.base_model_path}, not {config.objective} on "
