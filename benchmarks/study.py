@@ -66,7 +66,7 @@ VARIANTS = (
     Variant("without cutmix", {"cutmix": 0.0}),
     Variant("edges weigh more", {"edge_weight": 4.0}),
     Variant("random transformer", random_transformer=True),
-    Variant("diffusion", overlays=("configs/diffusion.yaml",)),
+    Variant("diffusion", {"tta": "none"}, ("configs/diffusion.yaml",)),  # its samples vote already
     Variant("U-Net from scratch", network="unet"),
     Variant("SegFormer-B0 from scratch", network="segformer"),
 )
