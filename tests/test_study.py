@@ -61,6 +61,17 @@ def test_a_study_runs_its_variants_and_goes_on(
         study.main([*arguments, "--seeds", "2", "--lr", "-1"])
 
 
+def test_results_of_other_flags_are_not_taken_for_these(tmp_path: Path) -> None:
+    folder = tmp_path / "folded_conditioning" / "seed-0"
+    folder.mkdir(parents=True)
+    record = {"iou": {}, "boundary_iou": {}, "seconds": 1.0, "flags": ["--epochs", "5"]}
+    (folder / "study.json").write_text(json.dumps(record))
+    variant = next(variant for variant in study.VARIANTS if variant.name == "folded conditioning")
+    assert study.train_and_score(variant, 0, tmp_path, ["--epochs", "5"]) == record
+    with pytest.raises(InputError, match=r"was trained with the flags '--epochs 5', not ''; choose another --out"):
+        study.train_and_score(variant, 0, tmp_path, [])
+
+
 def test_a_base_with_random_weights_is_the_tiny_base_but_for_its_transformer(tmp_path: Path) -> None:
     folder = study.random_base(tmp_path / "base")
     tiny = study.ROOT / "assets" / "tiny_sd3"
