@@ -76,10 +76,6 @@ def check_settings(config: Config) -> None:
         raise InputError(
             f"fold_conditioning: objective: {config.objective} has a timestep that changes; leave one of the two out"
         )
-    if config.prediction != "clean" and OBJECTIVES[config.objective].constant_timestep is None:
-        raise InputError(
-            f"prediction: {config.prediction} is for objective: end_to_end; {config.objective} always predicts its own velocity"
-        )
     if config.weights == "bf16" and config.data_type == "fp16":
         raise InputError(
             "weights: bf16 does not go with data_type: fp16, whose gradients are scaled; use data_type: bf16"

@@ -41,7 +41,7 @@ def test_a_study_runs_its_variants_and_goes_on(
     study.main(arguments)
     record = json.loads((out / "study.json").read_text())
     assert [row["variant"] for row in record["rows"]] == [
-        "configs/tiny.yaml",
+        "clean latents, both losses",
         "folded conditioning",
         "U-Net from scratch",
     ]
@@ -88,7 +88,7 @@ def test_a_base_with_random_weights_is_the_tiny_base_but_for_its_transformer(tmp
 
 
 def test_an_unknown_variant_is_named() -> None:
-    with pytest.raises(InputError, match="no variant 'faster'; there are: configs/tiny"):
+    with pytest.raises(InputError, match="no variant 'faster'; there are: clean latents"):
         study.main(["--only", "faster"])
     with pytest.raises(InputError, match="--seeds: 0 is not valid"):
         study.main(["--seeds", "0"])

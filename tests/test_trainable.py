@@ -174,7 +174,6 @@ def test_dropped_rows_stay_dropped_at_inference(
             {"fold_conditioning": True, "trainable": "lora"},
             "fold_conditioning: trainable: lora keeps the base's layers",
         ),
-        ({"prediction": "velocity", "objective": "diffusion"}, "prediction: velocity is for objective: end_to_end"),
         (
             {"optimizer": "adamw_8bit", "adam_epsilon": 1e-15},
             "optimizer: adamw_8bit rounds small second moments to 0.* set adam_epsilon to 1e-06",
