@@ -11,7 +11,7 @@ RUN := runs/quickstart
 
 quickstart: .venv/main.stamp
 	rm -rf $(RUN)
-	$(LAUNCH) trainer.py --config configs/tiny.yaml --data_type $(DATA_TYPE) --output_dir $(RUN)
+	$(LAUNCH) trainer.py --config configs/tiny.yaml --data_type $(DATA_TYPE) --latent_loss_weight 0 --output_dir $(RUN)
 	$(LAUNCH) val_inference.py --config configs/tiny.yaml --data_type $(DATA_TYPE) --output_dir $(RUN) --load_checkpoint best
 	@echo
 	@echo "Predicted masks lie in $(RUN)/mask_predictions, curves in $(RUN)/history.csv, checkpoints in $(RUN)/checkpoints."
