@@ -66,7 +66,9 @@ class Config:
         "model", "end_to_end", "how the transformer is trained and read"
     )
     prediction: Literal["clean", "velocity", "residual"] = key(
-        "model", "clean", "end to end (diffusion has its own velocity): mask latents, picture minus mask, or mask minus picture"
+        "model",
+        "clean",
+        "end to end (diffusion has its own velocity): mask latents, picture minus mask, or mask minus picture",
     )
     data_type: Literal["bf16", "fp16", "fp32"] = key("model", "bf16", "precision of the computation")
     weights: Literal["fp32", "bf16"] = key(
