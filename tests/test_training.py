@@ -62,7 +62,7 @@ def test_six_steps_equal_three_and_resume_and_three_bit_for_bit(
     assert all(0 <= metrics[name] <= 1 for name in ("iou", "recall", "mse"))
     with (folder / "per_image.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["name", "difficulty", "iou", "recall", "mse"]
+    assert list(rows[0]) == ["name", "difficulty", "iou", "recall", "mse", "boundary_iou"]
     assert sum(float(row["iou"]) for row in rows) / 10 == pytest.approx(metrics["iou"], abs=1e-6)
     assert [line.split()[0] for line in done.stdout.splitlines() if line.startswith(("mix", "easy", "hard"))] == [
         "mix",
