@@ -7,9 +7,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from dataset.codecs import LabelReader
+from dataset.pictures import read_picture, squash
 from utils.errors import InputError, first_line
 
 FLIP_PROBABILITY = 0.5
@@ -36,14 +37,8 @@ def read_image(path: Path, resolution: int | None = None) -> NDArray[np.uint8]:
     Raises:
         InputError: naming the file, if it cannot be read.
     """
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read as a picture ({first_line(error)}); repair or remove it") from error
-    if resolution is not None and upright.size != (resolution, resolution):
-        upright = upright.resize((resolution, resolution), Image.Resampling.BILINEAR)
-    return np.array(upright)
+    image = np.array(read_picture(path))
+    return image if resolution is None else squash(image, resolution, resolution)
 
 
 def read_label(path: Path, reader: LabelReader, resolution: int | None = None) -> NDArray[np.uint8]:

@@ -28,15 +28,22 @@ HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-Part = TypeVar("Part", AutoencoderKL, SD3Transformer2DModel, FlowMatchEulerDiscreteScheduler)
+Part = TypeVar("Part", AutoencoderKL, SD3Transformer2DModel, FlowMatchEulerDiscreteScheduler, EmptyPrompt)
 
 
-def resolve_base(base_model_path: str, parts: tuple[str, ...] = MODEL_PARTS) -> Path:
-    """Returns the local folder of a base model; a folder is looked at before any hub is asked.
+def resolve_base(
+    base_model_path: str,
+    parts: tuple[str, ...] = MODEL_PARTS,
+    key: str = "base_model_path",
+    files: tuple[str, ...] = (),
+) -> Path:
+    """Returns the local folder of a base model or pipeline; a folder is looked at before any hub is asked.
 
     Args:
         base_model_path: a folder in the Diffusers layout, or a hub id.
         parts: the subfolders that are needed.
+        key: in messages.
+        files: wanted beside the subfolders.
 
     Raises:
         InputError: with the remedy, if the folder is incomplete or the hub does not give the model.
@@ -45,27 +52,27 @@ def resolve_base(base_model_path: str, parts: tuple[str, ...] = MODEL_PARTS) -> 
     if folder.exists():
         missing = [part for part in parts if not (folder / part).is_dir()]
         if missing:
-            raise InputError(f"{folder}: not a base model in the Diffusers layout, {', '.join(missing)} missing")
+            raise InputError(f"{folder}: not a model in the Diffusers layout, {', '.join(missing)} missing")
         return folder
     if base_model_path.startswith((".", "~", os.sep)) or base_model_path.count("/") != 1:
-        raise InputError(f"{base_model_path}: no such folder, and not a hub id (OWNER/NAME); check base_model_path")
-    patterns = [f"{part}/{pattern}" for part in (*parts, MASK_DECODER) for pattern in HUB_PATTERNS]
+        raise InputError(f"{base_model_path}: no such folder, and not a hub id (OWNER/NAME); check {key}")
+    patterns = [*files, *(f"{part}/{pattern}" for part in (*parts, MASK_DECODER) for pattern in HUB_PATTERNS)]
     try:
         return Path(snapshot_download(base_model_path, allow_patterns=patterns))
     except GatedRepoError as error:
         raise InputError(
             f"{base_model_path}: gated; accept its licence on its hub page, then log in with `hf auth login`, or set "
-            "base_model_path to a folder"
+            f"{key} to a folder"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise InputError(
-            f"{base_model_path}: neither a folder here nor a model on the hub; check base_model_path (a private model "
+            f"{base_model_path}: neither a folder here nor a model on the hub; check {key} (a private model "
             "needs `hf auth login`)"
         ) from error
     except (OSError, HfHubHTTPError, RuntimeError, ValueError) as error:
         raise InputError(
             f"{base_model_path}: no such folder, and the hub did not give it ({first_line(error)}). Without a network set "
-            "base_model_path to a folder with the model; assets/tiny_sd3 is one"
+            f"{key} to a folder with the model; assets/tiny_sd3 is one"
         ) from error
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import inspect
+import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Self
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
@@ -16,16 +20,33 @@ from diffusers import (
     SD3Transformer2DModel,
 )
 from diffusers.utils import BaseOutput
+from huggingface_hub import HfApi
+from numpy.typing import NDArray
 
 from dataset.codecs import Palette, build_codec
+from dataset.pictures import Picture, as_pictures, as_rgb, squash
+from models.base import (
+    MASK_DECODER,
+    MODEL_PARTS,
+    check_prompt,
+    check_resolution,
+    load_part,
+    load_scheduler,
+    load_transformer,
+    load_vae,
+    resolve_base,
+)
+from models.card import model_card
 from models.latents import DOWNSCALE, LatentCodec
-from models.mask_decoder import LightMaskDecoder
+from models.mask_decoder import LightMaskDecoder, load_mask_decoder
 from models.objectives import build_objective
 from models.prompt import EmptyPrompt
+from models.tiles import predict_tiles, resized
+from utils.errors import InputError, first_line
 from utils.seeding import Stream, torch_generator
 
 DEFAULT_BATCH_SIZE = 4
-TILE_OVERLAP = 0.25  # of a tile's side, at least
+INDEX_FILE_NAME = "model_index.json"
 # Test-time augmentation: (flipped, scale) of each view of a picture whose predictions are averaged.
 VIEWS: dict[str, tuple[tuple[bool, float], ...]] = {
     "none": ((False, 1.0),),
@@ -35,8 +56,26 @@ VIEWS: dict[str, tuple[tuple[bool, float], ...]] = {
 
 
 @dataclass
+class Segmentation(BaseOutput):
+    """What the pipeline returns for pictures: one entry for each, in their order, each in its picture's own size (H, W).
+
+    Args:
+        masks: (H, W), uint8 in {0, 1}: where `soft` exceeds the threshold.
+        soft: (H, W), float32 in [0, 1]: how sure each pixel is transparent.
+        classes: (H, W), uint8: the class of each pixel of the mask, 0 outside; the mask itself where there is but one.
+        uncertainty: (H, W), float32 in [0, 0.5]: the standard deviation over members and views, or None where there is but
+            one by nature: a deterministic objective, without `tta`.
+    """
+
+    masks: list[NDArray[np.uint8]]
+    soft: list[NDArray[np.float32]]
+    classes: list[NDArray[np.uint8]]
+    uncertainty: list[NDArray[np.float32]] | None
+
+
+@dataclass
 class SegmentationOutput(BaseOutput):
-    """What the pipeline returns for B pictures.
+    """What `TransparencySegmentationPipeline.predict` returns for B pictures of one size.
 
     Args:
         predictions: (B, 3, H, W), float32 in [0, 1]: the clamped decode, the mean over an ensemble's members. From a light
@@ -77,6 +116,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         logit_std: of the training.
         mode_scale: of the training.
         prediction: of the training.
+        training: what the model card tells of the run, as `utils.publishing.describe_training` gives it.
     """
 
     model_cpu_offload_seq = "prompt->vae->transformer->mask_decoder"
@@ -102,6 +142,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         logit_std: float = 1.0,
         mode_scale: float = 1.29,
         prediction: str = "clean",
+        training: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -123,12 +164,91 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
             denoise_steps=denoise_steps,
             ensemble_size=ensemble_size,
             tta=tta,
+            training=training,
             **settings,
         )
         self.objective = build_objective(objective, settings, scheduler.config.shift)
         self.latent_codec = LatentCodec(vae)
         self.palette = Palette.from_dict(palette) if palette else None
         self.codec = build_codec(codec, self.palette)
+
+    @classmethod
+    def from_pretrained(  # unlike Diffusers' own, which imports what a folder names
+        cls, model: str | Path, torch_dtype: torch.dtype = torch.float32, **overrides: Any
+    ) -> Self:
+        """Loads a pipeline from what `save_pretrained` or `push_to_hub` wrote; no code is run from it, no pickle read.
+
+        Args:
+            model: a folder, or a hub id.
+            torch_dtype: of the weights.
+            overrides: arguments of this class other than its parts, such as `threshold`, in the place of the stored ones.
+
+        Raises:
+            InputError: naming the file, if the folder is no such pipeline, or broken.
+        """
+        folder = resolve_base(str(model), (*MODEL_PARTS, "prompt"), "model", (INDEX_FILE_NAME,))
+        index = folder / INDEX_FILE_NAME
+        try:
+            content = json.loads(index.read_text(encoding="utf-8"))
+            class_name = content["_class_name"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{index}: cannot be read ({first_line(error)}); write the folder with: python -m utils.publishing"
+            ) from error
+        if class_name != cls.__name__:
+            raise InputError(f"{index}: is a {class_name}, not a {cls.__name__}")
+        # Which class reads which part is known here, whatever the index names.
+        vae = load_vae(folder, torch_dtype)
+        transformer = load_transformer(folder, torch_dtype).eval()
+        prompt = load_part(EmptyPrompt, folder, "prompt", torch_dtype)
+        check_prompt(prompt, transformer)
+        decoder = (
+            load_mask_decoder(folder / MASK_DECODER, vae, torch_dtype).eval()
+            if content.get(MASK_DECODER, (None,))[0]
+            else None
+        )
+        parts = {"transformer", "vae", "scheduler", "prompt", MASK_DECODER}
+        settings = {name: value for name, value in content.items() if name[0] != "_" and name not in parts} | overrides
+        _check_settings(index, cls, settings)
+        try:
+            return cls(transformer, vae, load_scheduler(folder), prompt, decoder, **settings)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise InputError(f"{index}: cannot be used ({first_line(error)})") from error
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Writes the pipeline as a folder with a model card; weights as safetensors.
+
+        Args:
+            save_directory: to write.
+            kwargs: of `DiffusionPipeline.save_pretrained`, such as `max_shard_size`.
+        """
+        super().save_pretrained(save_directory, **(kwargs | {"safe_serialization": True, "push_to_hub": False}))
+        (Path(save_directory) / "README.md").write_text(model_card(dict(self.config)), encoding="utf-8")
+
+    def push_to_hub(  # Diffusers' own puts an empty card in this one's place
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload pipeline",
+    ) -> str:
+        """Uploads the folder that `save_pretrained` writes, model card included.
+
+        Args:
+            repo_id: OWNER/NAME; made if it does not exist.
+            private: whether a new repository is; None: the account's default.
+            token: of the hub; None: the login's.
+            commit_message: of the upload.
+
+        Returns:
+            The address of the model.
+        """
+        hub = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            made = hub.create_repo(repo_id, private=private, exist_ok=True)
+            hub.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=commit_message)
+        return str(made)
 
     @property
     def vae_device(self) -> torch.device:
@@ -180,6 +300,69 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
+        images: Picture | Sequence[Picture],
+        resolution: int | Literal["own"] | None = None,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        threshold: float | None = None,
+        denoise_steps: int | None = None,
+        ensemble_size: int | None = None,
+        tta: str | None = None,
+        tile_size: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    ) -> Segmentation:
+        """Segments pictures of any kind, size and mode.
+
+        Args:
+            images: a picture or a list of them, see `dataset.pictures.as_rgb`; a batch (N, H, W, C) or (N, C, H, W) is N pictures.
+            resolution: side in pixels of the square that each picture is squashed to, a multiple of 16; None: that of the
+                training; `own`: each picture's own size, in tiles.
+            batch_size: pictures, and members of an ensemble, per forward pass.
+            threshold: in [0, 1]; None: the pipeline's.
+            denoise_steps: Euler steps of a diffusion model; None: the pipeline's.
+            ensemble_size: members of a diffusion model; None: the pipeline's.
+            tta: a key of `VIEWS`: which views of each picture vote; None: the pipeline's.
+            tile_size: a multiple of 16; what is longer is predicted in overlapping tiles of this side. None: whole, or with
+                `resolution="own"` tiles of the training's resolution.
+            generator: CPU generators of the starting noise, one per picture or one for all; None: seeded by the picture's position.
+
+        Returns:
+            Lists, even for a single picture, in the order of the pictures, each entry in its picture's own size.
+
+        Raises:
+            InputError: naming the picture, if it cannot be read.
+            ValueError: if a setting is out of range.
+        """
+        pictures = as_pictures(images)
+        generators = _one_per_picture(generator, len(pictures))
+        if resolution == "own" and tile_size is None:
+            tile_size = self.config.resolution
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size} must be at least 1")
+        largest: int = resolution if isinstance(resolution, int) else self.config.resolution
+        check_resolution(largest if tile_size is None else min(tile_size, largest), self.transformer)
+        found = Segmentation([], [], [], [])
+        together = batch_size if resolution != "own" else 1
+        for start in range(0, len(pictures), together):
+            some = pictures[start : start + together]
+            arrays = [as_rgb(picture, f"picture {start + number}") for number, picture in enumerate(some)]
+            batch = np.stack([squash(array, *self._prediction_size(array, resolution)) for array in arrays])
+            output = self.predict(
+                torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 255,
+                generators[start : start + together],
+                threshold,
+                denoise_steps,
+                ensemble_size,
+                batch_size,
+                tta,
+                tile_size,
+            )
+            for number, array in enumerate(arrays):
+                self._add_in_own_size(found, output, number, array.shape[:2], threshold)
+        return found
+
+    @torch.no_grad()
+    def predict(
+        self,
         images: torch.Tensor,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         threshold: float | None = None,
@@ -189,7 +372,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         tta: str | None = None,
         tile_size: int | None = None,
     ) -> SegmentationOutput:
-        """Predicts masks for a batch of pictures of one size.
+        """Predicts masks for a batch of pictures at the size they have; calling the pipeline takes any pictures.
 
         Args:
             images: (B, 3, H, W), float in [0, 1], H and W multiples of 16.
@@ -232,12 +415,14 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         predictions, soft, uncertainty = [], [], []
         views = []
         for flipped, scale in VIEWS[tta]:
-            view = _resized(
-                images.float(), [max(1, round(length * scale / side)) * side for length in images.shape[2:]]
-            )
+            size = [max(1, round(length * scale / side)) * side for length in images.shape[2:]]
+            view = resized(images.float(), size)
             view = view.flip(-1) if flipped else view
-            pixels = self._predict_tiles(view, generators, members, steps, batch_size, tile_size)
-            pixels = _resized(pixels.flip(-1) if flipped else pixels, list(images.shape[2:]))
+            predict = partial(
+                self._predict_chunks, generators=generators, members=members, steps=steps, batch_size=batch_size
+            )
+            pixels = predict_tiles(predict, view, members, tile_size)
+            pixels = resized(pixels.flip(-1) if flipped else pixels, list(images.shape[2:]))
             views.append(pixels.unflatten(0, (len(images), members)))
         classes = []
         for group in torch.cat(views, dim=1):  # (views x members, 3, H, W) of a picture
@@ -255,32 +440,19 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
             uncertainty=torch.stack(uncertainty) if self.objective.stochastic or len(views) > 1 else None,
         )
 
-    def _predict_tiles(
+    def _predict_chunks(
         self,
         images: torch.Tensor,
         generators: Sequence[torch.Generator],
         members: int,
         steps: int,
         batch_size: int,
-        tile_size: int | None,
     ) -> torch.Tensor:
-        """Returns what `_predict` does, of tiles where a side is longer than one, each weighing less towards its edges."""
-        height, width = images.shape[2:]
-        rows, columns = (_tile_starts(length, tile_size or length) for length in (height, width))
-        total, weights = torch.zeros(len(images) * members, 3, height, width), torch.zeros(height, width)
-        for top, bottom in rows:
-            for left, right in columns:
-                tile = images[:, :, top:bottom, left:right]
-                chunks = [slice(start, start + batch_size) for start in range(0, len(tile), batch_size)]
-                pixels = torch.cat(
-                    [self._predict(tile[chunk], generators[chunk], members, steps, batch_size) for chunk in chunks]
-                )
-                if len(rows) == len(columns) == 1:
-                    return pixels
-                weight = _tent(bottom - top)[:, None] * _tent(right - left)
-                total[:, :, top:bottom, left:right] += weight * pixels
-                weights[top:bottom, left:right] += weight
-        return total / weights
+        """Returns what `_predict` does, without encoding more than `batch_size` pictures at a time."""
+        chunks = [slice(start, start + batch_size) for start in range(0, len(images), batch_size)]
+        return torch.cat(
+            [self._predict(images[chunk], generators[chunk], members, steps, batch_size) for chunk in chunks]
+        )
 
     def _predict(
         self,
@@ -305,26 +477,49 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
             pixels.append(self.decode_latents(latents, [each[chunk] for each in laterals]).clamp(-1, 1).cpu())
         return torch.cat(pixels)
 
+    def _prediction_size(self, picture: NDArray[np.uint8], resolution: int | Literal["own"] | None) -> tuple[int, int]:
+        """Returns the height and width at which a picture is predicted."""
+        if resolution != "own":
+            side = self.config.resolution if resolution is None else resolution
+            return side, side
+        step = DOWNSCALE * self.transformer.config.patch_size
+        height, width = (max(1, round(length / step)) * step for length in picture.shape[:2])
+        return height, width
 
-def _resized(pictures: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    if list(pictures.shape[2:]) == list(size):
-        return pictures
-    return F.interpolate(pictures, tuple(size), mode="bilinear", antialias=True, align_corners=False)
+    def _add_in_own_size(
+        self, found: Segmentation, output: SegmentationOutput, number: int, size: Sequence[int], threshold: float | None
+    ) -> None:
+        """Adds what was predicted of picture `number` to `found`, resized to (height, width)."""
+        one = slice(number, number + 1)
+        soft = resized(output.soft[one, None], size)[0]  # (1, H, W)
+        mask = self.codec.quantise(soft, self.config.threshold if threshold is None else threshold)
+        found.soft.append(soft[0].numpy())
+        found.masks.append(mask[0].numpy())
+        if self.palette is None:
+            found.classes.append(found.masks[-1])
+        else:
+            pixels = resized(output.predictions[one], size) * 2 - 1
+            found.classes.append(self.codec.classes(pixels, mask[0]).numpy())
+        if output.uncertainty is None or found.uncertainty is None:
+            found.uncertainty = None
+        else:
+            found.uncertainty.append(resized(output.uncertainty[one, None], size)[0, 0].numpy())
 
 
-def _tile_starts(length: int, tile_size: int) -> list[tuple[int, int]]:
-    """Returns (start, end) of the tiles along a side: evenly spread, neighbours sharing at least `TILE_OVERLAP` of a tile."""
-    if length <= tile_size:
-        return [(0, length)]
-    count = 1 + math.ceil((length - tile_size) / (tile_size * (1 - TILE_OVERLAP)))
-    starts = [round(number * (length - tile_size) / (count - 1)) for number in range(count)]
-    return [(start, start + tile_size) for start in starts]
+def _check_settings(index: Path, pipeline_class: type, settings: Mapping[str, Any]) -> None:
+    """Compares settings with the pipeline's arguments.
 
-
-def _tent(length: int) -> torch.Tensor:
-    """Returns weights (length,) in (0, 1] that fall off linearly over a tile's overlap with its neighbours."""
-    distance = torch.minimum(torch.arange(1, length + 1), torch.arange(length, 0, -1)).float()
-    return (distance / max(1.0, TILE_OVERLAP * length)).clamp(max=1.0)
+    Raises:
+        InputError: naming the first that is unknown or of another type than its default.
+    """
+    known = inspect.signature(pipeline_class).parameters
+    for name, value in settings.items():
+        if name not in known:
+            raise InputError(f"{index}: {name!r} is no setting of this pipeline")
+        default = known[name].default
+        kinds = (int, float) if isinstance(default, float) else type(default)
+        if default is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+            raise InputError(f"{index}: {name}: {value!r} is not of the kind of {default!r}")
 
 
 def _one_per_picture(

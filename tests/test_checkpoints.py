@@ -1,10 +1,9 @@
-"""Checkpoints: found, rotated and cleaned up by name, written whole, exported; optimiser states as safetensors."""
+"""Checkpoints: found, rotated and cleaned up by name, written whole; optimiser states as safetensors."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models.base import PROMPT_FILE_NAME, load_transformer, widen_patch_projection
-from models.pipeline import TransparencySegmentationPipeline
 from tests.conftest import RESOLUTION, make_prompt, make_transformer
 from utils import checkpoints
 from utils.checkpoints import (
@@ -24,7 +22,6 @@ from utils.checkpoints import (
     TrainingState,
     check_disk_space,
     clean_up,
-    export,
     find_checkpoint,
     list_checkpoints,
     load_pipeline,
@@ -565,69 +562,6 @@ def test_an_unreadable_state_names_its_file(content: str, tmp_path: Path) -> Non
     (tmp_path / STATE_FILE_NAME).write_text(content)
     message = message_of(read_state, tmp_path)
     assert message.startswith(f"{tmp_path / STATE_FILE_NAME}: cannot be read")
-
-
-def assert_exported(out: Path, checkpoint: Path) -> None:
-    """Checks that an exported folder gives the masks and carries the settings of its checkpoint."""
-    loaded = TransparencySegmentationPipeline.from_pretrained(out)
-    expected = load_pipeline(checkpoint, torch.float32)
-    images = torch.rand(2, 3, RESOLUTION, RESOLUTION, generator=torch.Generator().manual_seed(0))
-    output, wanted = loaded(images), expected(images)
-    torch.testing.assert_close(output.predictions, wanted.predictions, atol=1e-5, rtol=0)
-    assert torch.equal(output.masks, wanted.masks)
-    config = read_config(checkpoint)
-    for name in ("objective", "resolution", "threshold", "denoise_steps", "ensemble_size", "logit_mean"):
-        assert loaded.config[name] == getattr(config, name), name
-    assert loaded.config["codec"] == "binary"
-    assert loaded.scheduler.config.shift == 3.0
-    assert torch.equal(loaded.prompt.prompt_embeds, make_prompt().prompt_embeds)
-    state_dict = load_transformer(checkpoint).state_dict()
-    assert all(torch.equal(value, state_dict[name]) for name, value in loaded.transformer.state_dict().items())
-
-
-@pytest.mark.parametrize("objective", ["end_to_end", "diffusion"])
-def test_an_exported_checkpoint_loads_as_a_pipeline_with_its_settings(
-    objective: str, base: Path, tmp_path: Path
-) -> None:
-    checkpoint = write_run(tmp_path / "run", base, objective)
-    assert export(tmp_path / "run", tmp_path / "out") == checkpoint
-    assert_exported(tmp_path / "out", checkpoint)
-
-
-def test_the_command_exports_a_runs_best_or_a_checkpoints_folder(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "run"
-    best = write_run(run, base, step=3)
-    put_best(run, best.name)
-    write_run(run, base, step=5)
-    for source, name, expected in ((run, "a", "checkpoint-3"), (run / "checkpoints" / "checkpoint-5", "b", None)):
-        monkeypatch.setattr(sys, "argv", ["checkpoints", "export", str(source), str(tmp_path / name)])
-        checkpoints.main()
-        checkpoint = run / "checkpoints" / expected if expected else source
-        assert capsys.readouterr().out == f"{checkpoint} -> {tmp_path / name}\n"
-        assert (tmp_path / name / "model_index.json").is_file()
-
-
-def test_exporting_in_half_precision_writes_it(base: Path, tmp_path: Path) -> None:
-    write_run(tmp_path / "run", base)
-    export(tmp_path / "run", tmp_path / "out", data_type="bf16")
-    weights = load_file(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors")
-    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
-
-
-def test_an_occupied_folder_is_not_exported_to(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").touch()
-    assert (
-        message_of(export, tmp_path, tmp_path / "out") == f"{tmp_path / 'out'}: exists already; choose another folder"
-    )
-    assert "exists already" in message_of(export, tmp_path, tmp_path / "out" / "mine")
-
-
-def test_a_run_without_checkpoints_cannot_be_exported(tmp_path: Path) -> None:
-    assert "holds no complete checkpoint" in message_of(export, tmp_path, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_without_its_base_or_prompt_is_told(base: Path, tmp_path: Path) -> None:

@@ -25,10 +25,11 @@ from models.mask_decoder import LightMaskDecoder, load_mask_decoder, main, train
 from models.pipeline import TransparencySegmentationPipeline
 from models.trainable import build_trainable, check_settings
 from tests.conftest import RESOLUTION, ROOT, Launch, arguments_of, environment, make_prompt, make_vae, write_base
-from utils.checkpoints import export, load_pipeline
+from utils.checkpoints import load_pipeline
 from utils.config import Config
 from utils.errors import InputError
 from utils.history import read_history
+from utils.publishing import export
 
 READER = LAYOUTS["trans10k"].read_label
 LIGHT = {"mask_decoder": "light", "pixel_loss_weight": 1.0, "latent_loss_weight": 0.2}
@@ -137,8 +138,8 @@ def test_it_is_trained_saved_resumed_scored_and_exported(
     assert "--mask_decoder vae: the checkpoint was trained with light" in done.stderr
     checkpoint = export(whole, tmp_path / "exported", name="checkpoint-6")
     images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    expected = load_pipeline(checkpoint, torch.float32)(images)
-    found = TransparencySegmentationPipeline.from_pretrained(tmp_path / "exported")(images)
+    expected = load_pipeline(checkpoint, torch.float32).predict(images)
+    found = TransparencySegmentationPipeline.from_pretrained(tmp_path / "exported").predict(images)
     torch.testing.assert_close(found.predictions, expected.predictions, rtol=0, atol=0)
     grey = found.predictions
     torch.testing.assert_close(grey[:, :1].expand(-1, 3, -1, -1), grey)  # a probability, not a colour

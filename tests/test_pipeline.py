@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from dataset.codecs import THINGS_STUFF
 from dataset.trans10k import LAYOUTS, PairDataset, scan
-from models.pipeline import TransparencySegmentationPipeline, _tile_starts
+from models.pipeline import TransparencySegmentationPipeline
+from models.tiles import tile_spans
 from tests.conftest import RESOLUTION, environment, make_prompt, make_transformer, make_vae
 from utils.errors import InterruptedRunError
 from utils.evaluation import evaluate
@@ -90,7 +91,7 @@ def members_of(generator: torch.Generator, members: int) -> torch.Tensor:
 
 
 def test_the_members_of_an_ensemble_vote_after_clamping() -> None:
-    output = stub_pipeline()(torch.zeros(2, 3, 16, 16), generators(5, 6), ensemble_size=4, denoise_steps=3)
+    output = stub_pipeline().predict(torch.zeros(2, 3, 16, 16), generators(5, 6), ensemble_size=4, denoise_steps=3)
     for number, generator in enumerate(generators(5, 6)):
         members = (members_of(generator, 4) + 1) / 2
         torch.testing.assert_close(output.predictions[number], members.mean(dim=0))
@@ -106,68 +107,68 @@ def test_the_members_of_an_ensemble_vote_after_clamping() -> None:
 @pytest.mark.parametrize("tta", ["flip", "flip_scale"])
 def test_views_vote_so_that_a_mirrored_picture_has_the_mirrored_mask(tta: str) -> None:
     pipeline = make_pipeline("end_to_end")
-    straight, mirrored = pipeline(images(), tta=tta), pipeline(images().flip(-1), tta=tta)
+    straight, mirrored = pipeline.predict(images(), tta=tta), pipeline.predict(images().flip(-1), tta=tta)
     torch.testing.assert_close(mirrored.soft, straight.soft.flip(-1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(mirrored.uncertainty, straight.uncertainty.flip(-1), rtol=1e-4, atol=1e-5)
-    alone = pipeline(images())
-    assert not torch.allclose(alone.soft, pipeline(images().flip(-1)).soft.flip(-1), atol=1e-4)
+    alone = pipeline.predict(images())
+    assert not torch.allclose(alone.soft, pipeline.predict(images().flip(-1)).soft.flip(-1), atol=1e-4)
     assert alone.uncertainty is None
 
 
 def test_a_flips_vote_is_the_mean_of_both_views() -> None:
     pipeline = make_pipeline("end_to_end", tta="flip")
-    both, alone = pipeline(images()), pipeline(images(), tta="none")
-    mirrored = pipeline(images().flip(-1), tta="none").predictions.flip(-1)
+    both, alone = pipeline.predict(images()), pipeline.predict(images(), tta="none")
+    mirrored = pipeline.predict(images().flip(-1), tta="none").predictions.flip(-1)
     torch.testing.assert_close(both.predictions, (alone.predictions + mirrored) / 2, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="unknown tta 'turn'; valid: none, flip, flip_scale"):
-        pipeline(images(), tta="turn")
+        pipeline.predict(images(), tta="turn")
 
 
 def test_one_member_has_no_uncertainty() -> None:
-    assert not stub_pipeline()(torch.zeros(1, 3, 16, 16), ensemble_size=1).uncertainty.any()
+    assert not stub_pipeline().predict(torch.zeros(1, 3, 16, 16), ensemble_size=1).uncertainty.any()
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 100])
 def test_one_generator_for_all_is_drawn_from_in_turn_wherever_the_batches_are_cut(batch_size: int) -> None:
     (generator,) = generators(7)
-    output = stub_pipeline()(torch.zeros(2, 3, 16, 16), generator, ensemble_size=3, batch_size=batch_size)
+    output = stub_pipeline().predict(torch.zeros(2, 3, 16, 16), generator, ensemble_size=3, batch_size=batch_size)
     expected = (members_of(*generators(7), 6) + 1) / 2
     torch.testing.assert_close(output.predictions, expected.view(2, 3, 3, 16, 16).mean(dim=1))
 
 
 def test_without_a_generator_a_call_is_repeatable_and_pictures_have_noise_of_their_own() -> None:
-    first, second = (stub_pipeline()(torch.zeros(2, 3, 16, 16)) for _ in range(2))
+    first, second = (stub_pipeline().predict(torch.zeros(2, 3, 16, 16)) for _ in range(2))
     assert torch.equal(first.predictions, second.predictions)
     assert not torch.equal(first.predictions[0], first.predictions[1])
 
 
 def test_the_threshold_is_the_pipelines_unless_given() -> None:
     pipeline = stub_pipeline(threshold=1.0)
-    assert not pipeline(torch.zeros(1, 3, 16, 16)).masks.any()
-    assert pipeline(torch.zeros(1, 3, 16, 16), threshold=0.0).masks.all()
+    assert not pipeline.predict(torch.zeros(1, 3, 16, 16)).masks.any()
+    assert pipeline.predict(torch.zeros(1, 3, 16, 16), threshold=0.0).masks.all()
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_result_does_not_depend_on_the_batch_size(objective: str) -> None:
     pipeline = make_pipeline(objective)
-    expected = pipeline(images(), generators(1, 2, 3), batch_size=9)
+    expected = pipeline.predict(images(), generators(1, 2, 3), batch_size=9)
     for batch_size in (1, 2):
-        output = pipeline(images(), generators(1, 2, 3), batch_size=batch_size)
+        output = pipeline.predict(images(), generators(1, 2, 3), batch_size=batch_size)
         torch.testing.assert_close(output.predictions, expected.predictions, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_result_of_a_picture_does_not_depend_on_its_company(objective: str) -> None:
     pipeline = make_pipeline(objective)
-    together = pipeline(images(), generators(1, 2, 3))
-    alone = pipeline(images()[1:2], generators(2))
+    together = pipeline.predict(images(), generators(1, 2, 3))
+    alone = pipeline.predict(images()[1:2], generators(2))
     torch.testing.assert_close(together.predictions[1:2], alone.predictions, atol=1e-5, rtol=0)
     assert not torch.allclose(together.predictions[0], alone.predictions[0], atol=1e-3)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_outputs_have_their_shapes_ranges_and_types(objective: str) -> None:
-    output = make_pipeline(objective)(images())
+    output = make_pipeline(objective).predict(images())
     assert output.predictions.shape == (3, 3, 16, 32)
     assert output.soft.shape == output.masks.shape == (3, 16, 32)
     assert output.masks.dtype == torch.uint8
@@ -178,42 +179,45 @@ def test_outputs_have_their_shapes_ranges_and_types(objective: str) -> None:
 
 def test_end_to_end_is_deterministic_and_has_no_uncertainty() -> None:
     pipeline = make_pipeline("end_to_end")
-    first, second = pipeline(images(), generators(1, 2, 3)), pipeline(images(), generators(4, 5, 6), ensemble_size=7)
+    first, second = (
+        pipeline.predict(images(), generators(1, 2, 3)),
+        pipeline.predict(images(), generators(4, 5, 6), ensemble_size=7),
+    )
     assert torch.equal(first.predictions, second.predictions)
     assert first.uncertainty is None
 
 
 def test_diffusion_depends_on_its_noise_and_on_the_picture() -> None:
     pipeline = make_pipeline("diffusion")
-    first = pipeline(images(), generators(1, 2, 3)).predictions
-    assert not torch.equal(first, pipeline(images(), generators(4, 5, 6)).predictions)
-    assert not torch.equal(first, pipeline(1 - images(), generators(1, 2, 3)).predictions)
+    first = pipeline.predict(images(), generators(1, 2, 3)).predictions
+    assert not torch.equal(first, pipeline.predict(images(), generators(4, 5, 6)).predictions)
+    assert not torch.equal(first, pipeline.predict(1 - images(), generators(1, 2, 3)).predictions)
 
 
 def test_an_even_number_of_members_of_a_call_overrides_the_pipelines() -> None:
     pipeline = make_pipeline("diffusion")
-    few, many = (pipeline(images(1), generators(1), ensemble_size=size).predictions for size in (2, 4))
+    few, many = (pipeline.predict(images(1), generators(1), ensemble_size=size).predictions for size in (2, 4))
     assert not torch.equal(few, many)
-    assert torch.equal(few, make_pipeline("diffusion", ensemble_size=2)(images(1), generators(1)).predictions)
+    assert torch.equal(few, make_pipeline("diffusion", ensemble_size=2).predict(images(1), generators(1)).predictions)
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (1, 1, 16, 16), (1, 3, 24, 16), (1, 3, 16, 8)])
 def test_pictures_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\).*multiples of 16") as caught:
-        stub_pipeline()(torch.zeros(shape))
+        stub_pipeline().predict(torch.zeros(shape))
     assert str(shape) in str(caught.value)
 
 
 def test_the_number_of_generators_must_be_that_of_the_pictures() -> None:
     with pytest.raises(ValueError, match="2 generators for 3 pictures"):
-        stub_pipeline()(torch.zeros(3, 3, 16, 16), generators(1, 2))
+        stub_pipeline().predict(torch.zeros(3, 3, 16, 16), generators(1, 2))
 
 
 PREDICT = """
 import sys, torch
-from models.pipeline import TransparencySegmentationPipeline, _tile_starts
-pipeline = TransparencySegmentationPipeline.from_pretrained(sys.argv[1], local_files_only=True)
-output = pipeline(torch.load(sys.argv[2], weights_only=True))
+from models.pipeline import TransparencySegmentationPipeline
+pipeline = TransparencySegmentationPipeline.from_pretrained(sys.argv[1])
+output = pipeline.predict(torch.load(sys.argv[2], weights_only=True))
 torch.save({"predictions": output.predictions, "masks": output.masks}, sys.argv[3])
 """
 
@@ -230,7 +234,7 @@ def test_a_saved_pipeline_gives_the_same_masks_when_loaded(objective: str, tmp_p
         before, after = (getattr(owner, part).state_dict() for owner in (pipeline, loaded))
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before), part
-    output, expected = loaded(images()), pipeline(images())
+    output, expected = loaded.predict(images()), pipeline.predict(images())
     # Loaded weights may lie at another alignment, at which a CPU adds in another order.
     torch.testing.assert_close(output.predictions, expected.predictions, atol=1e-5, rtol=0)
     assert torch.equal(output.masks, expected.masks)
@@ -240,14 +244,18 @@ def test_a_saved_pipeline_gives_the_same_masks_when_loaded(objective: str, tmp_p
 def test_a_saved_pipeline_is_safetensors_and_loads_in_a_fresh_process(tmp_path: Path) -> None:
     pipeline = make_pipeline("diffusion")
     pipeline.save_pretrained(tmp_path / "pipeline")
-    assert {path.suffix for path in (tmp_path / "pipeline").rglob("*") if path.is_file()} == {".json", ".safetensors"}
+    assert {path.suffix for path in (tmp_path / "pipeline").rglob("*") if path.is_file()} == {
+        ".json",
+        ".safetensors",
+        ".md",
+    }
     torch.save(images(), tmp_path / "images.pt")
     done = subprocess.run(
         [sys.executable, "-c", PREDICT, *(str(tmp_path / name) for name in ("pipeline", "images.pt", "output.pt"))],
         env=environment(), capture_output=True, text=True, cwd=tmp_path, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    output, expected = torch.load(tmp_path / "output.pt", weights_only=True), pipeline(images())
+    output, expected = torch.load(tmp_path / "output.pt", weights_only=True), pipeline.predict(images())
     torch.testing.assert_close(output["predictions"], expected.predictions, atol=1e-5, rtol=0)
     assert torch.equal(output["masks"], expected.masks)
 
@@ -340,18 +348,18 @@ def test_tiles_are_blended_without_seams(size: tuple[int, int]) -> None:
     bare = make_pipeline("end_to_end")
     pipeline = Identity(bare.transformer, bare.vae, bare.scheduler, bare.prompt)
     images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
-    output = pipeline(images, tile_size=64)
+    output = pipeline.predict(images, tile_size=64)
     torch.testing.assert_close(output.predictions, images, rtol=0, atol=1e-5)
     tile = tuple(min(length, 64) for length in size)
     assert set(pipeline.shown) == {tile}
-    whole = pipeline(images)
+    whole = pipeline.predict(images)
     assert pipeline.shown[-1] == size
     torch.testing.assert_close(whole.predictions, output.predictions, rtol=0, atol=1e-5)
 
 
 def test_neighbouring_tiles_share_a_quarter_at_least_and_reach_both_ends() -> None:
     for length in range(65, 400, 7):
-        tiles = _tile_starts(length, 64)
+        tiles = tile_spans(length, 64)
         assert (tiles[0][0], tiles[-1][1]) == (0, length)
         assert all(end - start == 64 for start, end in tiles)
         assert all(here[1] - there[0] >= 16 - 1 for here, there in itertools.pairwise(tiles))
@@ -360,10 +368,10 @@ def test_neighbouring_tiles_share_a_quarter_at_least_and_reach_both_ends() -> No
 def test_a_real_model_predicts_by_tiles_and_refuses_an_odd_one() -> None:
     pipeline = make_pipeline()
     images = torch.rand(1, 3, 32, 80, generator=torch.Generator().manual_seed(0))
-    assert pipeline(images, tile_size=32).masks.shape == (1, 32, 80)
-    assert pipeline(images, tile_size=96).soft.equal(pipeline(images).soft)
+    assert pipeline.predict(images, tile_size=32).masks.shape == (1, 32, 80)
+    assert pipeline.predict(images, tile_size=96).soft.equal(pipeline.predict(images).soft)
     with pytest.raises(ValueError, match="tile_size 40 must be a multiple of 16"):
-        pipeline(images, tile_size=40)
+        pipeline.predict(images, tile_size=40)
 
 
 def test_classes_are_read_within_the_masks_and_survive_saving(tmp_path: Path) -> None:
@@ -371,10 +379,10 @@ def test_classes_are_read_within_the_masks_and_survive_saving(tmp_path: Path) ->
     parts = (bare.transformer, bare.vae, bare.scheduler, bare.prompt)
     pipeline = Identity(*parts, codec="palette", palette=THINGS_STUFF.to_dict())
     label = torch.randint(3, (2, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    output = pipeline((pipeline.codec.encode(label) + 1) / 2)
+    output = pipeline.predict((pipeline.codec.encode(label) + 1) / 2)
     assert output.classes.equal(label)
     assert output.masks.equal((label > 0).to(torch.uint8))
     TransparencySegmentationPipeline(*parts, codec="palette", palette=THINGS_STUFF.to_dict()).save_pretrained(tmp_path)
     loaded = TransparencySegmentationPipeline.from_pretrained(tmp_path)
     assert loaded.palette == THINGS_STUFF
-    assert loaded((pipeline.codec.encode(label) + 1) / 2).classes.unique().tolist() in ([0], [0, 1], [0, 2], [0, 1, 2])
+    assert loaded.predict((pipeline.codec.encode(label) + 1) / 2).classes.unique().tolist() in ([0], [0, 1], [0, 2], [0, 1, 2])

@@ -19,10 +19,11 @@ from models.pipeline import TransparencySegmentationPipeline
 from models.trainable import build_trainable, check_settings, load_trained
 from tests.conftest import Launch, make_prompt, make_transformer, make_vae
 from tests.test_training import WEIGHTS
-from utils.checkpoints import export, load_pipeline
+from utils.checkpoints import load_pipeline
 from utils.config import Config
 from utils.errors import InputError
 from utils.history import read_history
+from utils.publishing import export
 
 WAYS: dict[str, dict[str, object]] = {
     "folded": {"fold_conditioning": "true"},
@@ -90,8 +91,8 @@ def test_each_way_resumes_exactly_is_scored_and_exported(
 
     checkpoint = export(whole, tmp_path / "exported", name="checkpoint-6")
     images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    expected = load_pipeline(checkpoint, torch.float32)(images)
-    found = TransparencySegmentationPipeline.from_pretrained(tmp_path / "exported")(images)
+    expected = load_pipeline(checkpoint, torch.float32).predict(images)
+    found = TransparencySegmentationPipeline.from_pretrained(tmp_path / "exported").predict(images)
     tolerance = 1e-5 if "adapters" in way else 0  # merged weights lie in memory otherwise than loaded ones
     torch.testing.assert_close(found.predictions, expected.predictions, rtol=tolerance, atol=tolerance)
 

@@ -1,14 +1,13 @@
-"""Checkpoints: written beside and renamed when whole, found by name, rotated, exported.
+"""Checkpoints: written beside and renamed when whole, found by name, rotated.
 
 A checkpoint is a folder `checkpoint-<global_step>` with `transformer/` (Diffusers, safetensors) or `adapter/` (peft),
 `mask_decoder/` where one is trained, `palette.json` where masks tell classes, `empty_prompt.safetensors`, `config.yaml`, `training_state.json` and the optimiser's state: `optimizer.safetensors`, or an
 engine's own shards under `engine/`, which are read on explicit resume only. Where a moving average is kept, `transformer/`
-shows it, and `raw_weights.safetensors` and `average.safetensors` are there to go on from. `python -m utils.checkpoints export RUN OUT` makes a pipeline of one.
+shows it, and `raw_weights.safetensors` and `average.safetensors` are there to go on from.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
@@ -25,7 +24,6 @@ from safetensors.torch import save_file
 from dataset.codecs import Palette
 from dataset.trans10k import layout_of
 from models.base import (
-    DTYPES,
     MASK_DECODER,
     PROMPT_FILE_NAME,
     check_prompt,
@@ -46,7 +44,7 @@ from models.trainable import (
     split_mask_decoder,
 )
 from utils.config import Config, load_layer, merge_layers, to_yaml
-from utils.errors import InputError, first_line, run_command
+from utils.errors import InputError, first_line
 
 STATE_FILE_NAME = "training_state.json"
 OPTIMIZER_FILE_NAME = "optimizer.safetensors"
@@ -418,31 +416,6 @@ def load_pipeline(checkpoint: Path, dtype: torch.dtype, compiled: bool = False) 
     return build_pipeline(config, base, transformer, vae, prompt, decoder, read_palette(checkpoint))
 
 
-def export(run: Path, out: Path, name: str = "best", data_type: str = "fp32") -> Path:
-    """Turns a checkpoint into a pipeline folder that `TransparencySegmentationPipeline.from_pretrained` loads.
-
-    Args:
-        run: a run's folder, or a checkpoint's.
-        out: folder to write; must not exist or be empty.
-        name: latest, best or a checkpoint's name; ignored if `run` is a checkpoint.
-        data_type: of the exported weights.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        InputError: if the checkpoint is missing or `out` is occupied.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: exists already; choose another folder")
-    if (run / STATE_FILE_NAME).is_file():
-        checkpoint = run
-    else:
-        checkpoint = find_checkpoint(run, best_or_latest(run) if name == "best" else name, "RUN")
-    load_pipeline(checkpoint, DTYPES[data_type]).save_pretrained(out, safe_serialization=True)
-    return checkpoint
-
-
 def _rotate(output_dir: str | Path, limit: int | None) -> None:
     best = read_best(output_dir)
     for _, path in list_checkpoints(output_dir)[: -limit if limit else 0]:
@@ -457,23 +430,3 @@ def _discard(path: Path) -> None:
         shutil.rmtree(trash, ignore_errors=True)
         path.replace(trash)
         shutil.rmtree(trash, ignore_errors=True)
-
-
-def main() -> None:
-    """Command line: `export RUN OUT`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m utils.checkpoints", description="Turns checkpoints into pipelines."
-    )
-    commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("export", help="write a checkpoint as a pipeline folder")
-    command.add_argument("run", type=Path, help="a run's folder, or a checkpoint's")
-    command.add_argument("out", type=Path, help="folder to write")
-    command.add_argument("--checkpoint", default="best", help="latest, best or a name [default: best, else latest]")
-    command.add_argument("--data_type", choices=sorted(DTYPES), default="fp32", help="precision of the weights")
-    arguments = parser.parse_args()
-    checkpoint = export(arguments.run, arguments.out, arguments.checkpoint, arguments.data_type)
-    print(f"{checkpoint} -> {arguments.out}")
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -107,7 +107,7 @@ def evaluate(
             generators = [
                 torch_generator(Stream.INFERENCE_NOISE, seed, dataset.pairs[index].number) for index in batch["index"]
             ]
-            output = pipeline(batch["image"], generator=generators, batch_size=batch_size, **(settings or {}))
+            output = pipeline.predict(batch["image"], generator=generators, batch_size=batch_size, **(settings or {}))
             if number >= len(batches):
                 continue
             pictures = _pictures(pipeline, batch, output)
