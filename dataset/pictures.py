@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,14 +92,6 @@ def squash(picture: NDArray[np.uint8], height: int, width: int) -> NDArray[np.ui
     if picture.shape[:2] == (height, width):
         return picture
     return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR))
-
-
-def expand_folder(folder: Path, recursive: bool) -> list[Path]:
-    """Returns the files of a folder whose endings Pillow knows as pictures, sorted; hidden ones are left out."""
-    endings = Image.registered_extensions()
-    found = folder.rglob("*") if recursive else folder.iterdir()
-    shown = (path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
-    return sorted(path for path in shown if path.suffix.lower() in endings and path.is_file())
 
 
 def _array_as_rgb(values: NDArray[Any]) -> NDArray[np.uint8]:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from dataset.pictures import as_pictures, as_rgb, expand_folder, squash
+from dataset.pictures import as_pictures, as_rgb, squash
 from tests.conftest import RESOLUTION
 from tests.test_pipeline import make_pipeline
 from utils.errors import InputError
@@ -125,14 +125,6 @@ def test_one_picture_a_list_and_a_batch_are_lists() -> None:
     assert [each.shape for each in as_pictures(np.stack([RGB, RGB]))] == [RGB.shape] * 2
     assert [each.shape for each in as_pictures(torch.stack([TENSOR, TENSOR]))] == [TENSOR.shape] * 2
     assert as_pictures([]) == []
-
-
-def test_a_folders_pictures_are_found_sorted_without_hidden_ones(tmp_path: Path) -> None:
-    for name in ("b.JPG", "a.png", ".hidden.png", "notes.txt", "deep/c.webp", ".git/d.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    assert expand_folder(tmp_path, recursive=False) == [tmp_path / "a.png", tmp_path / "b.JPG"]
-    assert expand_folder(tmp_path, recursive=True) == [tmp_path / name for name in ("a.png", "b.JPG", "deep/c.webp")]
 
 
 def sizes(values: list[NDArray[Any]]) -> list[tuple[int, ...]]:

@@ -1,0 +1,322 @@
+"""Writes masks for pictures and videos: python predict.py INPUT... --model DIR --output OUT.
+
+An INPUT is a file, a folder or a quoted pattern ("photos/**/*.jpg"). What was done before is left out, so the same command goes
+on after an interruption; a file that cannot be read is named at the end and does not stop the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import zlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from dataset.pictures import as_rgb
+from models.attention import use_plain_attention
+from models.base import DTYPES
+from models.pipeline import VIEWS, Segmentation, TransparencySegmentationPipeline
+from utils.errors import FULL_OR_FORBIDDEN, CommandError, InputError, InterruptedRunError, first_line, run_command
+from utils.prediction_inputs import Source, find_sources
+from utils.prediction_record import PredictionRecord
+from utils.publishing import load_model
+from utils.rendering import coco, contours, cut_out, overlay
+from utils.seeding import Stream, torch_generator
+from utils.signals import StopRequests
+from utils.video import segment_video
+
+KINDS = ("mask", "classes", "soft", "uncertainty", "overlay", "cutout", "contours")
+VIDEO_KINDS = ("overlay", "mask")
+MAX_PENDING_WRITES = 8
+SHOWN_FAILURES = 20
+
+
+class Predictor:
+    """Predicts files with one model into one folder.
+
+    Args:
+        pipeline: on its device.
+        record: of the output folder.
+        kinds: of outputs, of `KINDS`.
+        settings: of the pipeline's call, without pictures and generators.
+        batch_size: pictures per forward pass.
+        stop: asked between batches.
+    """
+
+    def __init__(
+        self,
+        pipeline: TransparencySegmentationPipeline,
+        record: PredictionRecord,
+        kinds: Sequence[str],
+        settings: dict[str, Any],
+        batch_size: int,
+        stop: StopRequests,
+    ) -> None:
+        self.pipeline, self.record, self.kinds = pipeline, record, kinds
+        self.settings, self.batch_size, self.stop = settings, batch_size, stop
+        self.failures: dict[Source, str] = {}
+
+    def predict(self, sources: Sequence[Source]) -> None:
+        """Predicts files, pictures first; what fails is in `failures`.
+
+        Raises:
+            InterruptedRunError: after a signal.
+            CommandError: if the disk is full or the device out of memory.
+        """
+        with tqdm(total=len(sources), unit="file", desc="predicting") as bar, ThreadPoolExecutor(2) as writers:
+            pending: deque[tuple[Source, Future[None]]] = deque()
+            pictures = [source for source in sources if not source.is_video]
+            for batch in self._read(pictures):
+                if batch:
+                    found = self._segment([picture for _, picture in batch], [source.name for source, _ in batch])
+                    for number, (source, picture) in enumerate(batch):
+                        pending.append((source, writers.submit(self._write, source, picture, found, number)))
+                while len(pending) > MAX_PENDING_WRITES or (pending and pending[0][1].done()):
+                    self._check_written(*pending.popleft())
+                bar.update(min(self.batch_size, len(pictures) - bar.n))
+            while pending:
+                self._check_written(*pending.popleft())
+            for source in sources:
+                if source.is_video:
+                    self._leave_if_asked()
+                    self._predict_video(source)
+                    bar.update()
+
+    def _read(self, sources: Sequence[Source]) -> Iterator[list[tuple[Source, NDArray[np.uint8]]]]:
+        """Yields batches of readable pictures, the next one read while one is predicted."""
+        with ThreadPoolExecutor(2) as readers:
+            ahead: deque[list[tuple[Source, Future[NDArray[np.uint8]]]]] = deque()
+            batches = [sources[start : start + self.batch_size] for start in range(0, len(sources), self.batch_size)]
+            for batch in batches[:1]:
+                ahead.append([(source, readers.submit(as_rgb, source.path)) for source in batch])
+            for number in range(len(batches)):
+                self._leave_if_asked()
+                if number + 1 < len(batches):
+                    ahead.append([(source, readers.submit(as_rgb, source.path)) for source in batches[number + 1]])
+                readable = []
+                for source, future in ahead.popleft():
+                    try:
+                        picture = future.result()
+                        self.record.start(source, self._file_names(source))
+                        readable.append((source, picture))
+                    except (InputError, MemoryError) as error:
+                        self._fail(source, error)
+                yield readable
+
+    def _segment(self, pictures: list[NDArray[np.uint8]], names: Sequence[str]) -> Segmentation:
+        # A picture's noise is its name's, so that it depends neither on the batch nor on where a run went on.
+        generators = [
+            torch_generator(Stream.INFERENCE_NOISE, 0, zlib.crc32(name.encode(errors="replace"))) for name in names
+        ]
+        try:
+            return self.pipeline(pictures, batch_size=self.batch_size, generator=generators, **self.settings)
+        except torch.OutOfMemoryError as error:
+            raise CommandError(
+                "the device is out of memory; lower --batch_size, --resolution or --tile_size"
+            ) from error
+
+    def _file_names(self, source: Source) -> list[str]:
+        if source.is_video:
+            return [f"{source.name}_{kind}.mp4" for kind in VIDEO_KINDS]
+        return [f"{source.name}_{kind}.png" for kind in self.kinds if kind != "contours"]
+
+    def _write(self, source: Source, picture: NDArray[np.uint8], found: Segmentation, number: int) -> None:
+        mask, soft, classes = found.masks[number], found.soft[number], found.classes[number]
+        palette = self.pipeline.palette
+        files = []
+        for kind in self.kinds:
+            if kind == "contours":
+                continue
+            if kind == "overlay":
+                values = overlay(picture, classes, palette)
+            elif kind == "cutout":
+                values = cut_out(picture, mask)
+            elif kind == "uncertainty":
+                if found.uncertainty is None:
+                    continue
+                values = (found.uncertainty[number] * 2 * 255).round().clip(0, 255).astype(np.uint8)
+            else:
+                values = {
+                    "mask": mask * np.uint8(255),
+                    "classes": classes,
+                    "soft": (soft * 255).round().astype(np.uint8),
+                }[kind]
+            path = self.record.folder / f"{source.name}_{kind}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".part-{path.name}")
+            Image.fromarray(values).save(partial, format="png", compress_level=3)
+            partial.replace(path)
+            files.append(f"{source.name}_{kind}.png")
+        details: dict[str, Any] = {
+            "width": mask.shape[1],
+            "height": mask.shape[0],
+            "share": round(float(mask.mean()), 4),
+        }
+        if "contours" in self.kinds:
+            details["contours"] = contours(classes, soft)
+        self.record.finish(source, files, **details)
+
+    def _check_written(self, source: Source, written: Future[None]) -> None:
+        try:
+            written.result()
+        except OSError as error:
+            self._fail_or_leave(source, error)
+
+    def _predict_video(self, source: Source) -> None:
+        targets = dict(zip(VIDEO_KINDS, (self.record.folder / name for name in self._file_names(source)), strict=True))
+        palette = self.pipeline.palette
+
+        def segment(frames: list[NDArray[np.uint8]]) -> dict[str, list[NDArray[np.uint8]]]:
+            found = self._segment(frames, [source.name] * len(frames))
+            painted = [overlay(frame, classes, palette) for frame, classes in zip(frames, found.classes, strict=True)]
+            return {"overlay": painted, "mask": [np.dstack([mask * np.uint8(255)] * 3) for mask in found.masks]}
+
+        try:
+            self.record.start(source, self._file_names(source))
+            targets["mask"].parent.mkdir(parents=True, exist_ok=True)
+            frames = segment_video(source.path, targets, segment, self.batch_size, lambda: bool(self.stop.noticed()))
+            self._leave_if_asked()
+            self.record.finish(source, self._file_names(source), frames=frames)
+        except InputError as error:
+            self._fail(source, error)
+        except OSError as error:
+            self._fail_or_leave(source, error)
+
+    def _fail(self, source: Source, error: Exception) -> None:
+        self.failures[source] = first_line(error) if str(error) else "too large for this machine's memory"
+        self.record.fail(source, self.failures[source])
+
+    def _fail_or_leave(self, source: Source, error: OSError) -> None:
+        if error.errno in FULL_OR_FORBIDDEN:
+            folder = self.record.folder
+            raise CommandError(f"{folder}: cannot be written ({error.strerror}); the same command goes on") from error
+        self._fail(source, error)
+
+    def _leave_if_asked(self) -> None:
+        if code := self.stop.noticed():
+            raise InterruptedRunError("interrupted; the same command goes on", code)
+
+
+def fingerprint(pipeline: TransparencySegmentationPipeline) -> str:
+    """Returns a short digest of a pipeline's weights: of some values of each tensor."""
+    digest = hashlib.sha256()
+    for name, value in sorted(pipeline.transformer.state_dict().items()):
+        digest.update(name.encode() + value.flatten()[:16].float().numpy(force=True).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("inputs", nargs="*", metavar="INPUT", help="pictures, videos, folders, quoted patterns")
+    parser.add_argument("--list", action="append", default=[], type=Path, help="file with one input a line")
+    parser.add_argument(
+        "--model", default="runs/quickstart", help="run, checkpoint, exported folder or hub id [runs/quickstart]"
+    )
+    parser.add_argument("--output", type=Path, default=Path("predictions"), help="folder to write [predictions]")
+    parser.add_argument("--recursive", action="store_true", help="look into the folders below too")
+    parser.add_argument(
+        "--save",
+        default="mask,overlay",
+        help=f"what to write of pictures, with commas: {', '.join(KINDS)} [mask,overlay]",
+    )
+    parser.add_argument("--threshold", type=float, help="a pixel is transparent above this [the model's]")
+    parser.add_argument(
+        "--resolution", help="side that pictures are squashed to, or own: their own size, in tiles [the model's]"
+    )
+    parser.add_argument(
+        "--tile_size", type=int, help="longer sides are predicted in overlapping tiles [none; own: the model's size]"
+    )
+    parser.add_argument("--tta", choices=sorted(VIEWS), help="views of a picture that are averaged [the model's]")
+    parser.add_argument("--denoise_steps", type=int, help="of a diffusion model [the model's]")
+    parser.add_argument("--ensemble_size", type=int, help="votes of a diffusion model [the model's]")
+    parser.add_argument("--batch_size", type=int, default=4, help="pictures at a time [4]")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... [cuda if there is one]")
+    parser.add_argument("--data_type", choices=sorted(DTYPES), help="precision [bf16 on a GPU, fp32 on a CPU]")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what earlier runs or others left in the output folder"
+    )
+    return parser
+
+
+def check_arguments(arguments: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
+    """Returns the kinds to save and the settings of the pipeline's call.
+
+    Raises:
+        InputError: naming the first flag that is out of range.
+    """
+    kinds = [part.strip() for part in arguments.save.split(",") if part.strip()]
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds:
+        raise InputError(f"--save {arguments.save}: expected some of {', '.join(KINDS)}, with commas")
+    if arguments.threshold is not None and not 0 <= arguments.threshold <= 1:
+        raise InputError(f"--threshold {arguments.threshold}: must lie between 0 and 1")
+    for name in ("tile_size", "denoise_steps", "ensemble_size", "batch_size"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} {value}: must be at least 1")
+    resolution = arguments.resolution
+    if resolution not in (None, "own"):
+        if not resolution.isdecimal():
+            raise InputError(f"--resolution {resolution}: expected a number of pixels, or own")
+        resolution = int(resolution)
+    names = ("threshold", "tile_size", "tta", "denoise_steps", "ensemble_size")
+    return kinds, {"resolution": resolution, **{name: getattr(arguments, name) for name in names}}
+
+
+def main() -> None:
+    """Command line of the prediction."""
+    arguments = build_parser().parse_args()
+    kinds, settings = check_arguments(arguments)
+    stop = StopRequests()
+    if not Path(arguments.model).expanduser().exists() and arguments.model == "runs/quickstart":
+        raise InputError(
+            "runs/quickstart: no such model; make one with `make quickstart`, or name another with --model"
+        )
+    find_sources(arguments.inputs, arguments.list, arguments.recursive, arguments.output, {})  # before anything heavy
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    data_type = arguments.data_type or ("bf16" if device.type == "cuda" else "fp32")
+    pipeline = load_model(arguments.model, DTYPES[data_type])
+    try:
+        pipeline.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device}: cannot be used ({first_line(error)})") from error
+    if device.type == "cpu":
+        use_plain_attention(pipeline.transformer)
+    settings["threshold"] = pipeline.config.threshold if settings["threshold"] is None else settings["threshold"]
+    stored = {**settings, "save": sorted(kinds), "data_type": data_type, "model": fingerprint(pipeline)}
+    record = PredictionRecord(arguments.output, stored, arguments.overwrite)
+    sources = find_sources(arguments.inputs, arguments.list, arguments.recursive, arguments.output, record.names)
+    left = [source for source in sources if not record.is_done(source)]
+    print(f"{arguments.model}: {pipeline.config.objective}, threshold {settings['threshold']:.3g}, on {device}")
+    before = f", {len(sources) - len(left)} done before" if len(left) < len(sources) else ""
+    print(f"{len(sources)} files{before} -> {arguments.output}")
+    predictor = Predictor(pipeline, record, kinds, settings, arguments.batch_size, stop)
+    predictor.predict(left)
+    if "contours" in kinds:
+        pictures = [{"file_name": source.key, **record.details(source)} for source in sources if record.is_done(source)]
+        content = coco([picture for picture in pictures if "contours" in picture], pipeline.palette)
+        (arguments.output / "contours.json").write_text(json.dumps(content), encoding="utf-8")
+    if failures := predictor.failures:
+        for reason in list(failures.values())[:SHOWN_FAILURES]:
+            print(f"not predicted: {reason.encode(errors='replace').decode()}")
+        more = f", the first {SHOWN_FAILURES} are above" if len(failures) > SHOWN_FAILURES else ""
+        raise CommandError(
+            f"{len(failures)} of {len(sources)} files could not be predicted{more}; all reasons: {record.path}"
+        )
+
+
+if __name__ == "__main__":
+    run_command(main)

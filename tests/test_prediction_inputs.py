@@ -1,0 +1,134 @@
+"""What users name to be predicted, and the names that outputs get."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from utils.errors import InputError
+from utils.prediction_inputs import Source, find_sources
+from utils.prediction_record import PredictionRecord
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+
+
+def names_of(sources: list[Source]) -> list[str]:
+    return [source.name for source in sources]
+
+
+def find(folder: Path, *inputs: str, recursive: bool = False, lists: tuple[Path, ...] = ()) -> list[Source]:
+    return find_sources([str(folder / entry) for entry in inputs], lists, recursive, folder / "out", {})
+
+
+def test_a_folders_pictures_and_videos_are_found_sorted_without_hidden_ones(tmp_path: Path) -> None:
+    touch(tmp_path, "b.JPG", "a.png", ".hidden.png", "notes.txt", "film.MP4", "deep/c.webp", ".git/d.png", "out/e.png")
+    assert names_of(find(tmp_path, ".")) == ["a", "b", "film"]
+    found = find(tmp_path, ".", recursive=True)
+    assert names_of(found) == ["a", "b", "deep/c", "film"]
+    assert [source.is_video for source in found] == [False, False, False, True]
+
+
+def test_names_never_collide_not_even_in_their_case(tmp_path: Path) -> None:
+    touch(tmp_path, "one/a.png", "one/a.jpg", "two/A.png", "three/a_png.png", "three/a.png")
+    found = find(tmp_path, "one/a.png", "one/a.jpg", "two/A.png", "three/a_png.png", "three/a.png", "one/a.png")
+    names = names_of(found)
+    assert names[:2] == ["a", "a_jpg"]
+    assert len(names) == len({name.lower() for name in names}) == 5
+
+
+def test_patterns_and_lists_name_files_and_repeats_count_once(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "deep/b.png", "deep/er/c.png")
+    (tmp_path / "list.txt").write_text(f"{tmp_path / 'a.png'}\n\n  {tmp_path / 'deep' / '*.png'}  \n")
+    assert names_of(find(tmp_path, "**/*.png")) == ["a", "b", "c"]
+    assert names_of(find(tmp_path, lists=(tmp_path / "list.txt",))) == ["a", "b"]
+    assert names_of(find(tmp_path, "a.png", "*.png", lists=(tmp_path / "list.txt",))) == ["a", "b"]
+
+
+def test_names_of_earlier_runs_are_kept(tmp_path: Path) -> None:
+    touch(tmp_path, "one/a.png", "two/a.png")
+    second = str(tmp_path / "two" / "a.png")
+    named = {second: "a"}
+    found = find_sources([str(tmp_path / "one" / "a.png"), second], (), False, tmp_path / "out", named)
+    assert names_of(found) == ["a_png", "a"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [("gone.png", "no such file"), ("*.bmp", "no file matches"), ("empty", "holds no pictures or videos; --recursive")],
+)
+def test_an_input_that_is_nothing_is_named(entry: str, said: str, tmp_path: Path) -> None:
+    touch(tmp_path, "empty/deeper/a.png")
+    with pytest.raises(InputError) as caught:
+        find(tmp_path, entry)
+    assert str(caught.value).startswith(f"{tmp_path / entry}: {said}")
+
+
+def test_without_any_input_the_remedy_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nothing to predict"):
+        find(tmp_path)
+    with pytest.raises(InputError, match=r"gone.txt: cannot be read as a list"):
+        find(tmp_path, lists=(tmp_path / "gone.txt",))
+
+
+SETTINGS = {"threshold": 0.5}
+
+
+def predicted(tmp_path: Path, overwrite: bool = False, **settings: object) -> PredictionRecord:
+    return PredictionRecord(tmp_path / "out", {**SETTINGS, **settings}, overwrite)
+
+
+def test_a_record_knows_what_is_done_until_the_file_or_its_outputs_change(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "b.png")
+    first, second = Source(tmp_path / "a.png", "a"), Source(tmp_path / "b.png", "b")
+    record = predicted(tmp_path)
+    for source in (first, second):
+        record.start(source, [f"{source.name}_mask.png"])
+        touch(tmp_path / "out", f"{source.name}_mask.png")
+    record.finish(first, ["a_mask.png"], share=0.5)
+    record.fail(second, "broken")
+    again = predicted(tmp_path)
+    assert again.is_done(first)
+    assert again.details(first)["share"] == 0.5
+    assert not again.is_done(second)
+    again.start(second, ["b_mask.png"])  # what a kill left is this list's own
+    (tmp_path / "a.png").write_text("other")
+    assert not again.is_done(first)
+    touch(tmp_path, "a.png")
+    (tmp_path / "out" / "a_mask.png").unlink()
+    assert not predicted(tmp_path).is_done(first)
+
+
+def test_a_strangers_file_is_not_overwritten(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "out/a_mask.png")
+    source = Source(tmp_path / "a.png", "a")
+    with pytest.raises(InputError, match=r"a_mask.png: exists already and is not of this list"):
+        predicted(tmp_path).start(source, ["a_mask.png"])
+    predicted(tmp_path, overwrite=True).start(source, ["a_mask.png"])
+
+
+def test_a_line_that_a_kill_cut_is_dropped(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "out/a_mask.png")
+    source = Source(tmp_path / "a.png", "a")
+    record = predicted(tmp_path, overwrite=True)
+    record.finish(source, ["a_mask.png"])
+    with record.path.open("a") as file:
+        file.write('{"input": "/half')
+    assert predicted(tmp_path).is_done(source)
+    assert all(json.loads(line) for line in record.path.read_text().splitlines())
+
+
+def test_other_settings_and_a_foreign_file_are_refused(tmp_path: Path) -> None:
+    predicted(tmp_path)
+    with pytest.raises(InputError, match=r"other settings \(threshold 0.5, now 0.4\)"):
+        predicted(tmp_path, threshold=0.4)
+    predicted(tmp_path, overwrite=True, threshold=0.4)
+    for content in ("[]\n", "not json\n", "", '{"settings": {"threshold": 0.5}}\n{"input": 1}\n'):
+        (tmp_path / "out" / "predictions.jsonl").write_text(content)
+        with pytest.raises(InputError, match="is no list of predictions"):
+            predicted(tmp_path)
