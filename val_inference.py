@@ -23,9 +23,11 @@ from utils.metrics import summarise
 from utils.page import write_page
 from utils.protocols import calibration
 from utils.report import (
+    DETAILS_FILE_NAME,
     BackgroundPngWriter,
     format_protocols,
     format_table,
+    place_for,
     replace_folder,
     write_evaluation,
     write_scores,
@@ -130,7 +132,9 @@ def main() -> None:
         use_plain_attention(pipeline.transformer)
 
     step = checkpoints.read_state(checkpoint).global_step
-    final = Path(config.output_dir) / "mask_predictions" / f"test_{config.test_difficulty}_{step}"
+    details = {"checkpoint": str(checkpoint), "objective": trained.objective, "resolution": resolution}
+    details |= {"data_type": config.data_type, "seed": config.seed, "pictures": len(found.pairs), **settings}
+    final = place_for(Path(config.output_dir) / "mask_predictions" / f"test_{config.test_difficulty}_{step}", details)
     partial = final.with_name(f".partial-{final.name}")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
@@ -169,9 +173,7 @@ def main() -> None:
         }
         write_scores(partial, summary, scores)
         write_evaluation(partial, evaluation, found_scores.histograms)
-        details = {"checkpoint": str(checkpoint), "objective": trained.objective, "resolution": resolution}
-        details |= {"data_type": config.data_type, "seed": config.seed, **settings}
-        (partial / "inference.json").write_text(json.dumps(details, indent=2) + "\n", encoding="utf-8")
+        (partial / DETAILS_FILE_NAME).write_text(json.dumps(details, indent=2) + "\n", encoding="utf-8")
         replace_folder(partial, final)
         print(format_table(summary, config.test_difficulty))
         print(format_protocols(evaluation["protocols"]))

@@ -14,7 +14,7 @@ from PIL import Image
 import utils.report
 from utils.errors import EXIT_FAILED, CommandError
 from utils.metrics import PictureScore, summarise
-from utils.report import BackgroundPngWriter, format_table, replace_folder, write_evaluation, write_scores
+from utils.report import BackgroundPngWriter, format_table, place_for, replace_folder, write_evaluation, write_scores
 
 
 def picture_score(name: str, difficulty: str, iou: float, empty_truth: bool = False) -> PictureScore:
@@ -205,3 +205,21 @@ def test_a_first_folder_is_moved_into_place(tmp_path: Path) -> None:
     (tmp_path / ".partial-test").mkdir()
     replace_folder(tmp_path / ".partial-test", tmp_path / "test")
     assert [path.name for path in tmp_path.iterdir()] == ["test"]
+
+
+def test_results_of_other_settings_lie_side_by_side(tmp_path: Path) -> None:
+    folder = tmp_path / "test_mix_3"
+
+    def put(details: dict[str, object]) -> str:
+        place = place_for(folder, details)
+        place.mkdir(exist_ok=True)
+        (place / "inference.json").write_text(json.dumps(details))
+        return place.name
+
+    assert put({"tta": "none"}) == "test_mix_3"
+    assert put({"tta": "flip"}) == "test_mix_3-2"
+    assert put({"tta": "none"}) == "test_mix_3"
+    assert put({"tta": "flip_scale", "threshold": 0.4}) == "test_mix_3-3"
+    assert put({"tta": "flip"}) == "test_mix_3-2"
+    (folder / "inference.json").write_text("broken")
+    assert place_for(folder, {"tta": "new"}) == folder

@@ -12,6 +12,7 @@ import shutil
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from utils.metrics import COLUMNS, DECIMALS, PictureScore, iou_curves
 from utils.protocols import precision_recall
 
 MAX_PENDING_PICTURES = 64
+DETAILS_FILE_NAME = "inference.json"
 
 
 class BackgroundPngWriter:
@@ -121,8 +123,8 @@ def format_protocols(protocols: dict[str, dict[str, Any]]) -> str:
     return "\n".join([*lines, "* the size at which the protocol's own papers score"])
 
 
-def contact_sheet(folder: Path, count: int, columns: int = 2) -> Image.Image:
-    """Puts `count` predictions, spread evenly over a folder, side by side: picture, truth, raw, quantised.
+def contact_sheet(folder: Path, number: int, columns: int = 2) -> Image.Image:
+    """Puts `number` predictions, spread evenly over a folder, side by side: picture, truth, raw, quantised.
 
     Raises:
         InputError: if the folder holds no predictions.
@@ -131,12 +133,29 @@ def contact_sheet(folder: Path, count: int, columns: int = 2) -> Image.Image:
     names = sorted(path.name.removesuffix("_maskq.png") for path in folder.glob("*_maskq.png"))
     if not names:
         raise InputError(f"{folder}: holds no NAME_maskq.png; give a folder that val_inference.py wrote")
-    chosen = [names[position * len(names) // count] for position in range(min(count, len(names)))]
+    chosen = [names[position * len(names) // number] for position in range(min(number, len(names)))]
     tiles = [[np.array(Image.open(folder / f"{name}_{kind}.png").convert("RGB")) for kind in kinds] for name in chosen]
     strips = [np.pad(np.concatenate(tile, axis=1), ((2, 2), (4, 4), (0, 0)), constant_values=255) for tile in tiles]
     strips += [np.full_like(strips[0], 255)] * (-len(strips) % columns)
     rows = [np.concatenate(strips[start : start + columns], axis=1) for start in range(0, len(strips), columns)]
     return Image.fromarray(np.concatenate(rows))
+
+
+def place_for(folder: Path, details: dict[str, Any]) -> Path:
+    """Returns where an inference's results go: `folder`, or `folder-2` and so on where others with other details lie before.
+
+    Args:
+        folder: of the results.
+        details: that the folder's `inference.json` will hold; one with the same is replaced.
+    """
+    candidates = (folder.with_name(f"{folder.name}-{number}" if number > 1 else folder.name) for number in count(1))
+    for place in candidates:
+        try:
+            if json.loads((place / DETAILS_FILE_NAME).read_text(encoding="utf-8")) == details:
+                return place
+        except (OSError, ValueError):
+            return place
+    raise AssertionError("unreachable")
 
 
 def replace_folder(partial: Path, final: Path) -> None:
