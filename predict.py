@@ -37,6 +37,8 @@ from utils.video import segment_video
 
 KINDS = ("mask", "classes", "soft", "uncertainty", "overlay", "cutout", "contours")
 VIDEO_KINDS = ("overlay", "mask")
+CONTOURS_FILE_NAME = "contours.json"
+DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
 MAX_PENDING_WRITES = 8
 SHOWN_FAILURES = 20
 
@@ -65,6 +67,7 @@ class Predictor:
         self.pipeline, self.record, self.kinds = pipeline, record, kinds
         self.settings, self.batch_size, self.stop = settings, batch_size, stop
         self.failures: dict[Source, str] = {}
+        self._inputs: frozenset[str] = frozenset()
 
     def predict(self, sources: Sequence[Source]) -> None:
         """Predicts files, pictures first; what fails is in `failures`.
@@ -73,14 +76,13 @@ class Predictor:
             InterruptedRunError: after a signal.
             CommandError: if the disk is full or the device out of memory.
         """
+        self._inputs = frozenset(source.key for source in sources)
         with tqdm(total=len(sources), unit="file", desc="predicting") as bar, ThreadPoolExecutor(2) as writers:
             pending: deque[tuple[Source, Future[None]]] = deque()
             pictures = [source for source in sources if not source.is_video]
             for batch in self._read(pictures):
-                if batch:
-                    found = self._segment([picture for _, picture in batch], [source.name for source, _ in batch])
-                    for number, (source, picture) in enumerate(batch):
-                        pending.append((source, writers.submit(self._write, source, picture, found, number)))
+                for source, picture, found, number in self._segment_batch(batch):
+                    pending.append((source, writers.submit(self._write, source, picture, found, number)))
                 while len(pending) > MAX_PENDING_WRITES or (pending and pending[0][1].done()):
                     self._check_written(*pending.popleft())
                 bar.update(min(self.batch_size, len(pictures) - bar.n))
@@ -107,23 +109,35 @@ class Predictor:
                 for source, future in ahead.popleft():
                     try:
                         picture = future.result()
-                        self.record.start(source, self._file_names(source))
+                        self.record.start(source, self._file_names(source), self._inputs)
                         readable.append((source, picture))
                     except (InputError, MemoryError) as error:
-                        self._fail(source, error)
+                        self._fail(source, str(error) or "too large for this machine's memory")
                 yield readable
+
+    def _segment_batch(
+        self, batch: list[tuple[Source, NDArray[np.uint8]]]
+    ) -> list[tuple[Source, NDArray[np.uint8], Segmentation, int]]:
+        """Segments pictures together, or one by one where the memory is too small for that."""
+        if not batch:
+            return []
+        try:
+            found = self._segment([picture for _, picture in batch], [source.name for source, _ in batch])
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                self._fail(batch[0][0], "out of memory; lower --resolution or --tile_size")
+                return []
+            return [each for pair in batch for each in self._segment_batch([pair])]
+        return [(source, picture, found, number) for number, (source, picture) in enumerate(batch)]
 
     def _segment(self, pictures: list[NDArray[np.uint8]], names: Sequence[str]) -> Segmentation:
         # A picture's noise is its name's, so that it depends neither on the batch nor on where a run went on.
         generators = [
             torch_generator(Stream.INFERENCE_NOISE, 0, zlib.crc32(name.encode(errors="replace"))) for name in names
         ]
-        try:
-            return self.pipeline(pictures, batch_size=self.batch_size, generator=generators, **self.settings)
-        except torch.OutOfMemoryError as error:
-            raise CommandError(
-                "the device is out of memory; lower --batch_size, --resolution or --tile_size"
-            ) from error
+        return self.pipeline(pictures, batch_size=self.batch_size, generator=generators, **self.settings)
 
     def _file_names(self, source: Source) -> list[str]:
         if source.is_video:
@@ -154,14 +168,12 @@ class Predictor:
             path = self.record.folder / f"{source.name}_{kind}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f".part-{path.name}")
+            partial.unlink(missing_ok=True)  # never through a link
             Image.fromarray(values).save(partial, format="png", compress_level=3)
             partial.replace(path)
             files.append(f"{source.name}_{kind}.png")
-        details: dict[str, Any] = {
-            "width": mask.shape[1],
-            "height": mask.shape[0],
-            "share": round(float(mask.mean()), 4),
-        }
+        details: dict[str, Any] = {"file_name": f"{source.name}{source.path.suffix}"}
+        details |= {"width": mask.shape[1], "height": mask.shape[0], "share": round(float(mask.mean()), 4)}
         if "contours" in self.kinds:
             details["contours"] = contours(classes, soft)
         self.record.finish(source, files, **details)
@@ -182,25 +194,29 @@ class Predictor:
             return {"overlay": painted, "mask": [np.dstack([mask * np.uint8(255)] * 3) for mask in found.masks]}
 
         try:
-            self.record.start(source, self._file_names(source))
+            self.record.start(source, self._file_names(source), self._inputs)
             targets["mask"].parent.mkdir(parents=True, exist_ok=True)
             frames = segment_video(source.path, targets, segment, self.batch_size, lambda: bool(self.stop.noticed()))
             self._leave_if_asked()
             self.record.finish(source, self._file_names(source), frames=frames)
         except InputError as error:
-            self._fail(source, error)
+            self._fail(source, str(error))
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            self._fail(source, "out of memory; lower --batch_size, --resolution or --tile_size")
         except OSError as error:
             self._fail_or_leave(source, error)
 
-    def _fail(self, source: Source, error: Exception) -> None:
-        self.failures[source] = first_line(error) if str(error) else "too large for this machine's memory"
+    def _fail(self, source: Source, reason: str) -> None:
+        self.failures[source] = printable(reason if str(source.path) in reason else f"{source.path}: {reason}")
         self.record.fail(source, self.failures[source])
 
     def _fail_or_leave(self, source: Source, error: OSError) -> None:
         if error.errno in FULL_OR_FORBIDDEN:
             folder = self.record.folder
             raise CommandError(f"{folder}: cannot be written ({error.strerror}); the same command goes on") from error
-        self._fail(source, error)
+        self._fail(source, str(error))
 
     def _leave_if_asked(self) -> None:
         if code := self.stop.noticed():
@@ -208,11 +224,24 @@ class Predictor:
 
 
 def fingerprint(pipeline: TransparencySegmentationPipeline) -> str:
-    """Returns a short digest of a pipeline's weights: of some values of each tensor."""
-    digest = hashlib.sha256()
-    for name, value in sorted(pipeline.transformer.state_dict().items()):
-        digest.update(name.encode() + value.flatten()[:16].float().numpy(force=True).tobytes())
+    """Returns a short digest of a pipeline: of its settings and of some values of each tensor."""
+    settings = {name: value for name, value in pipeline.config.items() if name[0] != "_" and name != "training"}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for part in (pipeline.transformer, pipeline.vae, pipeline.prompt, pipeline.mask_decoder):
+        for name, value in sorted(part.state_dict().items()) if part is not None else ():
+            digest.update(name.encode() + value.flatten()[:16].float().numpy(force=True).tobytes())
     return digest.hexdigest()[:16]
+
+
+def printable(text: str) -> str:
+    """Returns a text in one line, what is no printable character (a file's name may hold any) as its escape code."""
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape", "surrogatepass").decode() for each in text
+    )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "memory" in str(error).lower()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -269,11 +298,27 @@ def check_arguments(arguments: argparse.Namespace) -> tuple[list[str], dict[str,
             raise InputError(f"--{name} {value}: must be at least 1")
     resolution = arguments.resolution
     if resolution not in (None, "own"):
-        if not resolution.isdecimal():
+        if not resolution.isdecimal() or int(resolution) < 1:
             raise InputError(f"--resolution {resolution}: expected a number of pixels, or own")
         resolution = int(resolution)
     names = ("threshold", "tile_size", "tta", "denoise_steps", "ensemble_size")
     return kinds, {"resolution": resolution, **{name: getattr(arguments, name) for name in names}}
+
+
+def usable_device(name: str | None) -> torch.device:
+    """Returns the device to compute on, by default a GPU if there is one.
+
+    Raises:
+        InputError: if there is no such device.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in DEVICE_TYPES:
+            raise ValueError(f"expected one of {', '.join(DEVICE_TYPES)}")
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise InputError(f"--device {name}: cannot be used ({first_line(error)})") from error
+    return device
 
 
 def main() -> None:
@@ -286,16 +331,20 @@ def main() -> None:
             "runs/quickstart: no such model; make one with `make quickstart`, or name another with --model"
         )
     find_sources(arguments.inputs, arguments.list, arguments.recursive, arguments.output, {})  # before anything heavy
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(arguments.device)
     data_type = arguments.data_type or ("bf16" if device.type == "cuda" else "fp32")
     pipeline = load_model(arguments.model, DTYPES[data_type])
     try:
-        pipeline.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device}: cannot be used ({first_line(error)})") from error
+        pipeline.check_call(settings["resolution"], arguments.batch_size, settings["tta"], settings["tile_size"])
+    except ValueError as error:
+        raise InputError(f"{error}") from error
+    pipeline.to(device)
     if device.type == "cpu":
         use_plain_attention(pipeline.transformer)
-    settings["threshold"] = pipeline.config.threshold if settings["threshold"] is None else settings["threshold"]
+    for name in ("threshold", "tta", "denoise_steps", "ensemble_size"):
+        settings[name] = pipeline.config[name] if settings[name] is None else settings[name]
+    if "uncertainty" in kinds and settings["tta"] == "none" and not pipeline.objective.stochastic:
+        raise InputError("--save uncertainty: a deterministic model's single view tells none; add --tta flip")
     stored = {**settings, "save": sorted(kinds), "data_type": data_type, "model": fingerprint(pipeline)}
     record = PredictionRecord(arguments.output, stored, arguments.overwrite)
     sources = find_sources(arguments.inputs, arguments.list, arguments.recursive, arguments.output, record.names)
@@ -306,12 +355,11 @@ def main() -> None:
     predictor = Predictor(pipeline, record, kinds, settings, arguments.batch_size, stop)
     predictor.predict(left)
     if "contours" in kinds:
-        pictures = [{"file_name": source.key, **record.details(source)} for source in sources if record.is_done(source)]
-        content = coco([picture for picture in pictures if "contours" in picture], pipeline.palette)
-        (arguments.output / "contours.json").write_text(json.dumps(content), encoding="utf-8")
+        pictures = [entry for entry in record.finished() if "contours" in entry]
+        record.write_whole(CONTOURS_FILE_NAME, json.dumps(coco(pictures, pipeline.palette)))
     if failures := predictor.failures:
         for reason in list(failures.values())[:SHOWN_FAILURES]:
-            print(f"not predicted: {reason.encode(errors='replace').decode()}")
+            print(f"not predicted: {reason}")
         more = f", the first {SHOWN_FAILURES} are above" if len(failures) > SHOWN_FAILURES else ""
         raise CommandError(
             f"{len(failures)} of {len(sources)} files could not be predicted{more}; all reasons: {record.path}"

@@ -15,8 +15,18 @@ from utils.errors import InputError, first_line
 
 Picture = str | os.PathLike[str] | Image.Image | NDArray[Any] | torch.Tensor
 SIXTEEN_BIT = 65535
+ROUNDING = 1e-3  # by which resizing may leave [0, 1]
 CHANNELS = (1, 2, 3, 4)  # grey, grey with alpha, RGB, RGB with alpha
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+Image.init()
+# These start another program, or need one that is not here.
+_STUBS = ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG")
+FORMATS = tuple(name for name in Image.ID if name not in _STUBS)
+ENDINGS = frozenset(ending for ending, name in Image.registered_extensions().items() if name in FORMATS)
+SCALED_TO_16_BITS = (
+    "PNG",
+    "PPM",
+    "JPEG2000",
+)  # formats whose pictures of more than 8 bits Pillow gives as 32-bit integers
 
 
 def read_picture(path: str | os.PathLike[str]) -> Image.Image:
@@ -26,9 +36,9 @@ def read_picture(path: str | os.PathLike[str]) -> Image.Image:
         InputError: naming the file, if it cannot be read.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return upright_rgb(image)
-    except UNREADABLE as error:
+    except Exception as error:  # broken files raise all that a decoder may stumble over
         raise InputError(f"{path}: cannot be read as a picture ({first_line(error)}); repair or remove it") from error
 
 
@@ -38,13 +48,16 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: for a picture of floats or of 32 bits, whose range nothing tells.
     """
-    upright = ImageOps.exif_transpose(image)
+    image.load()
+    try:
+        upright = ImageOps.exif_transpose(image)
+    except Exception:  # broken EXIF data tell no orientation
+        upright = image
     if upright.mode.startswith("I") or upright.mode == "F":
         # Pillow's own conversion cuts at 255, which turns a 16-bit picture white.
-        values = np.asarray(upright)
-        if upright.mode == "F" or values.min() < 0 or values.max() > SIXTEEN_BIT:
+        if upright.mode == "F" or (upright.mode == "I" and image.format not in SCALED_TO_16_BITS):
             raise ValueError(f"mode {upright.mode} has no known range; save it with 8 or 16 bits")
-        upright = Image.fromarray(_to_8_bits(values.astype(np.uint16)))
+        upright = Image.fromarray(_to_8_bits(np.asarray(upright).clip(0, SIXTEEN_BIT).astype(np.uint16)))
     return upright.convert("RGB")
 
 
@@ -73,7 +86,7 @@ def as_rgb(picture: Picture, name: str = "picture") -> NDArray[np.uint8]:
             return _array_as_rgb(np.moveaxis(values, 0, -1) if values.ndim == 3 else values)
         if isinstance(picture, np.ndarray):
             return _array_as_rgb(picture)
-    except UNREADABLE as error:
+    except Exception as error:
         raise InputError(f"{name}: not usable as a picture ({first_line(error)})") from error
     raise InputError(
         f"{name}: a {type(picture).__name__} is no picture; give a path, PIL picture, array or tensor, or a list of these"
@@ -101,9 +114,9 @@ def _array_as_rgb(values: NDArray[Any]) -> NDArray[np.uint8]:
     if values.dtype == np.uint16:
         values = _to_8_bits(values)
     elif np.issubdtype(values.dtype, np.floating):
-        if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
+        if not np.isfinite(values).all() or values.min() < -ROUNDING or values.max() > 1 + ROUNDING:
             raise ValueError(f"floats must lie in [0, 1], these in [{values.min():g}, {values.max():g}]")
-        values = (values * 255).round().astype(np.uint8)
+        values = (values * 255).round().clip(0, 255).astype(np.uint8)
     elif values.dtype != np.uint8:
         raise ValueError(f"dtype {values.dtype} is not one of uint8, uint16 and floats in [0, 1]")
     grey = values.shape[2] < 3

@@ -26,6 +26,8 @@ MASK_DECODER = "mask_decoder"  # a part that a base may have
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt")
 
+ROOT = Path(__file__).resolve().parent.parent
+LOCAL_FOLDERS = ("assets/", "runs/", "data/")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 Part = TypeVar("Part", AutoencoderKL, SD3Transformer2DModel, FlowMatchEulerDiscreteScheduler, EmptyPrompt)
@@ -36,6 +38,7 @@ def resolve_base(
     parts: tuple[str, ...] = MODEL_PARTS,
     key: str = "base_model_path",
     files: tuple[str, ...] = (),
+    revision: str | None = None,
 ) -> Path:
     """Returns the local folder of a base model or pipeline; a folder is looked at before any hub is asked.
 
@@ -44,21 +47,25 @@ def resolve_base(
         parts: the subfolders that are needed.
         key: in messages.
         files: wanted beside the subfolders.
+        revision: branch, tag or commit on the hub.
 
     Raises:
         InputError: with the remedy, if the folder is incomplete or the hub does not give the model.
     """
     folder = Path(base_model_path).expanduser()
+    if not folder.exists() and (ROOT / base_model_path).exists():
+        folder = ROOT / base_model_path  # a run made here is read from anywhere
     if folder.exists():
         missing = [part for part in parts if not (folder / part).is_dir()]
         if missing:
             raise InputError(f"{folder}: not a model in the Diffusers layout, {', '.join(missing)} missing")
         return folder
-    if base_model_path.startswith((".", "~", os.sep)) or base_model_path.count("/") != 1:
+    # Whoever owns such a name on the hub is not asked for what is missing here.
+    if base_model_path.startswith((".", "~", os.sep, *LOCAL_FOLDERS)) or base_model_path.count("/") != 1:
         raise InputError(f"{base_model_path}: no such folder, and not a hub id (OWNER/NAME); check {key}")
     patterns = [*files, *(f"{part}/{pattern}" for part in (*parts, MASK_DECODER) for pattern in HUB_PATTERNS)]
     try:
-        return Path(snapshot_download(base_model_path, allow_patterns=patterns))
+        return Path(snapshot_download(base_model_path, revision=revision, allow_patterns=patterns))
     except GatedRepoError as error:
         raise InputError(
             f"{base_model_path}: gated; accept its licence on its hub page, then log in with `hf auth login`, or set "
@@ -82,13 +89,36 @@ def load_part(part_class: type[Part], folder: Path, part: str, dtype: torch.dtyp
     Raises:
         InputError: naming the subfolder, if it is missing or broken.
     """
-    extra = {} if part == "scheduler" else {"torch_dtype": dtype, "use_safetensors": True}
     try:
-        return part_class.from_pretrained(folder, subfolder=part, local_files_only=True, **extra)
+        if part == "scheduler":
+            return part_class.from_pretrained(folder, subfolder=part, local_files_only=True)
+        _check_weight_files(folder / part)
+        loaded, details = part_class.from_pretrained(
+            folder,
+            subfolder=part,
+            local_files_only=True,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        if details["missing_keys"]:
+            raise ValueError(
+                f"{len(details['missing_keys'])} tensors are missing, the first is {min(details['missing_keys'])}"
+            )
+        return loaded
     except Exception as error:  # every way in which foreign files can be broken, Diffusers has its own exception
         raise InputError(
             f"{folder / part}: cannot be loaded as {part_class.__name__} ({first_line(error)}); weights must be safetensors"
         ) from error
+
+
+def _check_weight_files(folder: Path) -> None:
+    """Refuses an index of shards that names anything but safetensors files of its own folder."""
+    for index in folder.glob("*.index.json"):
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        strangers = [name for name in names if not name.endswith(".safetensors") or "/" in name]
+        if strangers:
+            raise ValueError(f"{index.name} names {strangers[0]!r}")
 
 
 def load_vae(folder: Path, dtype: torch.dtype, compiled: bool = False) -> AutoencoderKL:

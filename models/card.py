@@ -65,7 +65,7 @@ def _what_it_is(config: Mapping[str, Any], training: Mapping[str, Any]) -> str:
         if palette
         else "It tells transparent pixels from all others."
     )
-    data = f" on data in the layout `{training['data']}`" if "data" in training else ""
+    data = f" on `{training['data']}` (layout `{training.get('layout')}`)" if "data" in training else ""
     updates = f" for {training['updates']:,} updates" if "updates" in training else ""
     return (
         f"Segments transparent objects (glass, bottles, windows) {mode}. The transformer is {start}{data}{updates}, at "

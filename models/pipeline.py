@@ -29,7 +29,6 @@ from models.base import (
     MASK_DECODER,
     MODEL_PARTS,
     check_prompt,
-    check_resolution,
     load_part,
     load_scheduler,
     load_transformer,
@@ -42,7 +41,8 @@ from models.mask_decoder import LightMaskDecoder, load_mask_decoder
 from models.objectives import build_objective
 from models.prompt import EmptyPrompt
 from models.tiles import predict_tiles, resized
-from utils.errors import InputError, first_line
+from utils.config import FIELDS, convert
+from utils.errors import CommandError, InputError, first_line
 from utils.seeding import Stream, torch_generator
 
 DEFAULT_BATCH_SIZE = 4
@@ -174,24 +174,30 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(  # unlike Diffusers' own, which imports what a folder names
-        cls, model: str | Path, torch_dtype: torch.dtype = torch.float32, **overrides: Any
+        cls, model: str | Path, torch_dtype: torch.dtype = torch.float32, revision: str | None = None, **overrides: Any
     ) -> Self:
         """Loads a pipeline from what `save_pretrained` or `push_to_hub` wrote; no code is run from it, no pickle read.
 
         Args:
             model: a folder, or a hub id.
             torch_dtype: of the weights.
+            revision: branch, tag or commit on the hub.
             overrides: arguments of this class other than its parts, such as `threshold`, in the place of the stored ones.
 
         Raises:
             InputError: naming the file, if the folder is no such pipeline, or broken.
+            TypeError: for an override that is no argument.
         """
-        folder = resolve_base(str(model), (*MODEL_PARTS, "prompt"), "model", (INDEX_FILE_NAME,))
+        if not isinstance(torch_dtype, torch.dtype):
+            raise TypeError(f"torch_dtype {torch_dtype!r} is no torch.dtype")
+        if unknown := overrides.keys() - inspect.signature(cls).parameters.keys():
+            raise TypeError(f"{min(unknown)!r} is no argument of {cls.__name__}")
+        folder = resolve_base(str(model), (*MODEL_PARTS, "prompt"), "model", (INDEX_FILE_NAME,), revision)
         index = folder / INDEX_FILE_NAME
         try:
             content = json.loads(index.read_text(encoding="utf-8"))
             class_name = content["_class_name"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
                 f"{index}: cannot be read ({first_line(error)}); write the folder with: python -m utils.publishing"
             ) from error
@@ -202,28 +208,28 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         transformer = load_transformer(folder, torch_dtype).eval()
         prompt = load_part(EmptyPrompt, folder, "prompt", torch_dtype)
         check_prompt(prompt, transformer)
-        decoder = (
-            load_mask_decoder(folder / MASK_DECODER, vae, torch_dtype).eval()
-            if content.get(MASK_DECODER, (None,))[0]
-            else None
-        )
+        has_decoder = (folder / MASK_DECODER).is_dir()
+        decoder = load_mask_decoder(folder / MASK_DECODER, vae, torch_dtype).eval() if has_decoder else None
         parts = {"transformer", "vae", "scheduler", "prompt", MASK_DECODER}
-        settings = {name: value for name, value in content.items() if name[0] != "_" and name not in parts} | overrides
-        _check_settings(index, cls, settings)
+        settings = {name: value for name, value in content.items() if name not in parts and not name.startswith("_")}
+        settings = _checked(index, cls, settings | overrides)
         try:
             return cls(transformer, vae, load_scheduler(folder), prompt, decoder, **settings)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise InputError(f"{index}: cannot be used ({first_line(error)})") from error
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Writes the pipeline as a folder with a model card; weights as safetensors.
+    def save_pretrained(self, save_directory: str | Path, max_shard_size: int | str | None = None) -> None:
+        """Writes the pipeline as a folder with a model card; weights as safetensors that who may read the folder may read.
 
         Args:
             save_directory: to write.
-            kwargs: of `DiffusionPipeline.save_pretrained`, such as `max_shard_size`.
+            max_shard_size: of a file of weights, in bytes or as "5GB".
         """
-        super().save_pretrained(save_directory, **(kwargs | {"safe_serialization": True, "push_to_hub": False}))
-        (Path(save_directory) / "README.md").write_text(model_card(dict(self.config)), encoding="utf-8")
+        super().save_pretrained(save_directory, safe_serialization=True, max_shard_size=max_shard_size)
+        card = Path(save_directory) / "README.md"
+        card.write_text(model_card(dict(self.config)), encoding="utf-8")
+        for weights in Path(save_directory).rglob("*.safetensors"):
+            weights.chmod(card.stat().st_mode)
 
     def push_to_hub(  # Diffusers' own puts an empty card in this one's place
         self,
@@ -331,15 +337,15 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         Raises:
             InputError: naming the picture, if it cannot be read.
             ValueError: if a setting is out of range.
+            CommandError: if a prediction is not finite.
+
+        @public
         """
         pictures = as_pictures(images)
         generators = _one_per_picture(generator, len(pictures))
         if resolution == "own" and tile_size is None:
             tile_size = self.config.resolution
-        if batch_size < 1:
-            raise ValueError(f"batch_size {batch_size} must be at least 1")
-        largest: int = resolution if isinstance(resolution, int) else self.config.resolution
-        check_resolution(largest if tile_size is None else min(tile_size, largest), self.transformer)
+        self.check_call(resolution, batch_size, tta, tile_size)
         found = Segmentation([], [], [], [])
         together = batch_size if resolution != "own" else 1
         for start in range(0, len(pictures), together):
@@ -477,6 +483,35 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
             pixels.append(self.decode_latents(latents, [each[chunk] for each in laterals]).clamp(-1, 1).cpu())
         return torch.cat(pixels)
 
+    def check_call(
+        self, resolution: int | Literal["own"] | None, batch_size: int, tta: str | None, tile_size: int | None
+    ) -> None:
+        """Holds settings of a call against what the transformer takes; see `__call__`.
+
+        Raises:
+            ValueError: naming the first that does not fit.
+        """
+        side = DOWNSCALE * self.transformer.config.patch_size
+        tta = self.config.tta if tta is None else tta
+        if tta not in VIEWS:
+            raise ValueError(f"unknown tta {tta!r}; valid: {', '.join(VIEWS)}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size} must be at least 1")
+        if tile_size is not None and (tile_size < side or tile_size % side):
+            raise ValueError(f"tile_size {tile_size} must be a multiple of {side}")
+        if isinstance(resolution, int) and (resolution < side or resolution % side):
+            raise ValueError(f"resolution {resolution} must be a multiple of {side}")
+        largest = side * self.transformer.config.pos_embed_max_size
+        wanted = resolution if isinstance(resolution, int) else self.config.resolution
+        wanted = max(round(wanted * scale / side) * side for _, scale in VIEWS[tta])
+        if tile_size is not None:
+            wanted = tile_size if resolution == "own" else min(tile_size, wanted)
+        if wanted > largest:
+            raise ValueError(
+                f"a side of {wanted} pixels (resolution, views and tile_size together) is more than the {largest} that this base "
+                "takes; give a smaller tile_size"
+            )
+
     def _prediction_size(self, picture: NDArray[np.uint8], resolution: int | Literal["own"] | None) -> tuple[int, int]:
         """Returns the height and width at which a picture is predicted."""
         if resolution != "own":
@@ -493,6 +528,10 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         one = slice(number, number + 1)
         soft = resized(output.soft[one, None], size)[0]  # (1, H, W)
         mask = self.codec.quantise(soft, self.config.threshold if threshold is None else threshold)
+        if not soft.isfinite().all():
+            raise CommandError(
+                "the prediction is not finite; compute in another precision (bf16 or fp32), or look whether the training diverged"
+            )
         found.soft.append(soft[0].numpy())
         found.masks.append(mask[0].numpy())
         if self.palette is None:
@@ -506,20 +545,22 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
             found.uncertainty.append(resized(output.uncertainty[one, None], size)[0, 0].numpy())
 
 
-def _check_settings(index: Path, pipeline_class: type, settings: Mapping[str, Any]) -> None:
-    """Compares settings with the pipeline's arguments.
+def _checked(index: Path, pipeline_class: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings of a pipeline, those that are keys of the configuration held to its types and ranges.
 
     Raises:
-        InputError: naming the first that is unknown or of another type than its default.
+        InputError: naming the first that is unknown or not valid.
     """
     known = inspect.signature(pipeline_class).parameters
+    checked: dict[str, Any] = {}
     for name, value in settings.items():
         if name not in known:
             raise InputError(f"{index}: {name!r} is no setting of this pipeline")
-        default = known[name].default
-        kinds = (int, float) if isinstance(default, float) else type(default)
-        if default is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
-            raise InputError(f"{index}: {name}: {value!r} is not of the kind of {default!r}")
+        is_key = name in FIELDS and name != "palette"
+        checked[name] = convert(name, value, f"{index}: {name}") if is_key else value
+    if isinstance(checked.get("threshold"), str) or not isinstance(checked.get("training") or {}, Mapping):
+        raise InputError(f"{index}: threshold must be a number, training a table")
+    return checked
 
 
 def _one_per_picture(

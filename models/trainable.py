@@ -5,7 +5,7 @@ The mask decoder is trained as a submodule of the transformer, because engines p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -57,7 +57,7 @@ def build_trainable(
         if checkpoint is not None:
             load_lora(transformer, checkpoint / ADAPTER_FOLDER_NAME)
     if config.mask_decoder == "light":
-        decoder = load_mask_decoder(_find_mask_decoder(config, base, checkpoint), vae)
+        decoder = load_mask_decoder(find_mask_decoder(config, base, checkpoint), vae)
         transformer.add_module(MASK_DECODER, decoder)  # small, so in fp32 whatever the weights are
     if config.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -72,41 +72,41 @@ def check_settings(config: Config) -> None:
     Raises:
         InputError: naming both.
     """
+    for message in contradictions(config):
+        raise InputError(message)
+
+
+def contradictions(config: Config) -> Iterator[str]:
+    """Yields a message for every two settings that contradict each other."""
     if config.fold_conditioning and OBJECTIVES[config.objective].constant_timestep is None:
-        raise InputError(
+        yield (
             f"fold_conditioning: objective: {config.objective} has a timestep that changes; leave one of the two out"
         )
     if config.weights == "bf16" and config.data_type == "fp16":
-        raise InputError(
-            "weights: bf16 does not go with data_type: fp16, whose gradients are scaled; use data_type: bf16"
-        )
+        yield "weights: bf16 does not go with data_type: fp16, whose gradients are scaled; use data_type: bf16"
     if config.optimizer == "adamw_8bit" and config.adam_epsilon < MIN_8BIT_EPSILON:
-        raise InputError(
+        yield (
             f"optimizer: adamw_8bit rounds small second moments to 0, and divides by adam_epsilon alone there: {config.adam_epsilon:g} "
             f"would make updates of thousands of times the rate; set adam_epsilon to {MIN_8BIT_EPSILON:g} or more"
         )
     if config.mask_decoder_path is not None and config.mask_decoder == "vae":
-        raise InputError(
-            "mask_decoder_path is given, but mask_decoder is vae; set mask_decoder: light, or leave it out"
-        )
+        yield "mask_decoder_path is given, but mask_decoder is vae; set mask_decoder: light, or leave it out"
     if not config.latent_loss_weight and not config.pixel_loss_weight:
-        raise InputError("latent_loss_weight and pixel_loss_weight are both 0; there would be nothing to train")
+        yield "latent_loss_weight and pixel_loss_weight are both 0; there would be nothing to train"
     if config.cutmix and config.train_batch_size == 1:
-        raise InputError(
-            "cutmix takes parts of other samples of the batch, train_batch_size is 1; raise it, or leave cutmix out"
-        )
+        yield "cutmix takes parts of other samples of the batch, train_batch_size is 1; raise it, or leave cutmix out"
     if config.edge_weight and not config.pixel_loss_weight:
-        raise InputError("edge_weight is a part of the loss on pixels; set pixel_loss_weight above 0, or leave it out")
+        yield "edge_weight is a part of the loss on pixels; set pixel_loss_weight above 0, or leave it out"
     if config.mask_decoder == "light" and not config.pixel_loss_weight:
-        raise InputError(
+        yield (
             "mask_decoder: light is trained by the loss on pixels; set pixel_loss_weight above 0, or mask_decoder: vae"
         )
     if config.mask_decoder == "light" and layout_of(config.dataset_name, config.palette).palette:
-        raise InputError(
+        yield (
             f"mask_decoder: light tells glass or not, the masks of dataset_name: {config.dataset_name} tell classes; use mask_decoder: vae"
         )
     if config.fold_conditioning and config.trainable == "lora":
-        raise InputError(
+        yield (
             "fold_conditioning: trainable: lora keeps the base's layers, folding replaces them; leave one of the two out"
         )
 
@@ -164,7 +164,12 @@ def compile_blocks(transformer: SD3Transformer2DModel) -> None:
         block.compile()
 
 
-def _find_mask_decoder(config: Config, base: Path, checkpoint: Path | None) -> Path:
+def find_mask_decoder(config: Config, base: Path, checkpoint: Path | None = None) -> Path:
+    """Returns the folder of the light mask decoder that a run starts from.
+
+    Raises:
+        InputError: if the base has none and the configuration names none.
+    """
     if checkpoint is not None:
         return checkpoint / MASK_DECODER
     if config.mask_decoder_path is not None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 import predict
 from models.pipeline import TransparencySegmentationPipeline
-from predict import Predictor, build_parser, check_arguments, fingerprint
+from predict import Predictor, build_parser, check_arguments, fingerprint, printable
 from tests.conftest import ROOT, environment
 from tests.test_checkpoints import write_run
 from tests.test_pipeline import make_pipeline
@@ -148,6 +148,7 @@ def test_a_signal_ends_it_between_batches_and_it_goes_on(tmp_path: Path) -> None
     predictor.stop = SimpleNamespace(noticed=lambda: next(answers))  # type: ignore[assignment]
     with pytest.raises(InterruptedRunError, match="the same command goes on"):
         predictor.predict(sources)
+    predictor.record._running.close()
     record = PredictionRecord(tmp_path / "out", {}, False)
     assert [record.is_done(source) for source in sources] == [True, True, False]
 
@@ -196,6 +197,7 @@ def test_a_name_that_the_disk_refuses_is_that_files_failure(tmp_path: Path) -> N
         (["--threshold", "1.5"], "--threshold 1.5"),
         (["--batch_size", "0"], "--batch_size 0"),
         (["--resolution", "big"], "--resolution big"),
+        (["--resolution", "0"], "--resolution 0"),
     ],
 )
 def test_flags_out_of_range_are_told(flags: list[str], said: str) -> None:
@@ -209,3 +211,54 @@ def test_the_fingerprint_tells_models_apart() -> None:
     changed = make_pipeline("end_to_end")
     changed.transformer.proj_out.bias.data += 1
     assert fingerprint(changed) != fingerprint(first)
+
+
+def test_a_changed_decoder_or_setting_is_another_model() -> None:
+    first, other = make_pipeline("end_to_end"), make_pipeline("end_to_end", tta="flip")
+    assert fingerprint(first) != fingerprint(other)
+    other = make_pipeline("end_to_end")
+    other.vae.decoder.conv_in.bias.data += 1
+    assert fingerprint(first) != fingerprint(other)
+
+
+def test_an_input_is_never_written_over(tmp_path: Path) -> None:
+    write_photos(tmp_path / "in")
+    (tmp_path / "in" / "a.png").rename(tmp_path / "in" / "grey_mask.png")
+    record = PredictionRecord(tmp_path / "in", {}, True)
+    stop = SimpleNamespace(noticed=lambda: 0)
+    predictor = Predictor(make_pipeline("end_to_end"), record, ("mask",), {}, 2, stop)  # type: ignore[arg-type]
+    before = (tmp_path / "in" / "grey_mask.png").read_bytes()
+    predictor.predict([Source(tmp_path / "in" / f"{name}.png", name) for name in ("grey", "grey_mask")])
+    assert (tmp_path / "in" / "grey_mask.png").read_bytes() == before
+    assert [source.name for source in predictor.failures] == ["grey"]
+
+
+def test_too_little_memory_for_a_batch_is_enough_for_its_pictures(tmp_path: Path) -> None:
+    write_photos(tmp_path / "in")
+    pipeline = make_pipeline("end_to_end")
+
+    def segment(pictures: list[object], **settings: object) -> object:
+        if len(pictures) > 1 or pictures[0].shape[0] > 20:  # type: ignore[attr-defined]
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return pipeline(pictures, **settings)
+
+    Image.new("RGB", (30, 40)).save(tmp_path / "in" / "large.png")
+    predictor = predictor_into(tmp_path / "out", segment, ("mask",))  # type: ignore[arg-type]
+    segment.palette = None  # type: ignore[attr-defined]
+    predictor.predict([Source(tmp_path / "in" / f"{name}.png", name) for name in ("a", "grey", "large")])
+    assert [reason.split(": ")[1] for reason in predictor.failures.values()] == [
+        "out of memory; lower --resolution or --tile_size"
+    ]
+    assert (tmp_path / "out" / "grey_mask.png").is_file()
+
+
+def test_a_prediction_that_is_not_finite_ends_it(tmp_path: Path) -> None:
+    write_photos(tmp_path / "in")
+    pipeline = make_pipeline("end_to_end")
+    pipeline.transformer.proj_out.bias.data *= float("nan")
+    with pytest.raises(CommandError, match="not finite"):
+        predictor_into(tmp_path / "out", pipeline).predict([Source(tmp_path / "in" / "a.png", "a")])
+
+
+def test_names_are_printed_without_codes_for_the_terminal() -> None:
+    assert printable("a\n\x1b[31mred\udc80 é") == "a\\n\\x1b[31mred\\udc80 é"

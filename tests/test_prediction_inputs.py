@@ -79,6 +79,11 @@ def test_without_any_input_the_remedy_is_told(tmp_path: Path) -> None:
 SETTINGS = {"threshold": 0.5}
 
 
+def release(record: PredictionRecord) -> None:
+    """Ends a run."""
+    record._running.close()
+
+
 def predicted(tmp_path: Path, overwrite: bool = False, **settings: object) -> PredictionRecord:
     return PredictionRecord(tmp_path / "out", {**SETTINGS, **settings}, overwrite)
 
@@ -92,6 +97,7 @@ def test_a_record_knows_what_is_done_until_the_file_or_its_outputs_change(tmp_pa
         touch(tmp_path / "out", f"{source.name}_mask.png")
     record.finish(first, ["a_mask.png"], share=0.5)
     record.fail(second, "broken")
+    release(record)
     again = predicted(tmp_path)
     assert again.is_done(first)
     assert again.details(first)["share"] == 0.5
@@ -101,14 +107,19 @@ def test_a_record_knows_what_is_done_until_the_file_or_its_outputs_change(tmp_pa
     assert not again.is_done(first)
     touch(tmp_path, "a.png")
     (tmp_path / "out" / "a_mask.png").unlink()
+    release(again)
     assert not predicted(tmp_path).is_done(first)
 
 
 def test_a_strangers_file_is_not_overwritten(tmp_path: Path) -> None:
     touch(tmp_path, "a.png", "out/a_mask.png")
     source = Source(tmp_path / "a.png", "a")
-    with pytest.raises(InputError, match=r"a_mask.png: exists already and is not of this list"):
-        predicted(tmp_path).start(source, ["a_mask.png"])
+    for _ in range(2):  # refused once is refused for good
+        record = predicted(tmp_path)
+        with pytest.raises(InputError, match=r"a_mask.png: exists already and is not of this list"):
+            record.start(source, ["a_mask.png"])
+        record.fail(source, "refused")
+        release(record)
     predicted(tmp_path, overwrite=True).start(source, ["a_mask.png"])
 
 
@@ -119,16 +130,38 @@ def test_a_line_that_a_kill_cut_is_dropped(tmp_path: Path) -> None:
     record.finish(source, ["a_mask.png"])
     with record.path.open("a") as file:
         file.write('{"input": "/half')
+    release(record)
     assert predicted(tmp_path).is_done(source)
     assert all(json.loads(line) for line in record.path.read_text().splitlines())
 
 
 def test_other_settings_and_a_foreign_file_are_refused(tmp_path: Path) -> None:
-    predicted(tmp_path)
+    release(predicted(tmp_path))
     with pytest.raises(InputError, match=r"other settings \(threshold 0.5, now 0.4\)"):
         predicted(tmp_path, threshold=0.4)
-    predicted(tmp_path, overwrite=True, threshold=0.4)
-    for content in ("[]\n", "not json\n", "", '{"settings": {"threshold": 0.5}}\n{"input": 1}\n'):
+    release(predicted(tmp_path, overwrite=True, threshold=0.4))
+    for content in (
+        "[]\n",
+        "not json\n",
+        '{"settings": 5}\n',
+        '{"settings": {}}\n{"input": "a", "name": "../a"}\n',
+        '{"settings": {"threshold": 0.5}}\n{"input": 1}\n',
+    ):
         (tmp_path / "out" / "predictions.jsonl").write_text(content)
         with pytest.raises(InputError, match="is no list of predictions"):
             predicted(tmp_path)
+
+
+def test_one_folder_takes_one_run_at_a_time(tmp_path: Path) -> None:
+    first = predicted(tmp_path)
+    with pytest.raises(InputError, match="another run writes into it"):
+        predicted(tmp_path)
+    release(first)
+    predicted(tmp_path)
+
+
+def test_an_output_folder_that_holds_the_inputs_is_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "out/a.png", "out/deep/b.png")
+    with pytest.raises(InputError, match="holds the inputs"):
+        find(tmp_path, "out")
+    assert names_of(find(tmp_path, "out/deep")) == ["b"]

@@ -81,8 +81,8 @@ def test_an_empty_mask_has_no_contours_and_one_pixel_has_one() -> None:
 
 
 def test_run_lengths_start_outside() -> None:
-    assert run_lengths(np.array([[True, False], [True, True]])) == {"size": [2, 2], "counts": [0, 2, 1, 1]}
-    assert run_lengths(np.zeros((2, 2), bool)) == {"size": [2, 2], "counts": [4]}
+    assert run_lengths(np.array([[True, False], [True, True]]), (2, 2)) == {"size": [2, 2], "counts": [0, 2, 1, 1]}
+    assert run_lengths(np.zeros((2, 2), bool), (2, 2)) == {"size": [2, 2], "counts": [4]}
 
 
 def test_a_coco_data_set_counts_from_one_and_names_its_classes() -> None:

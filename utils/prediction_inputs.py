@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
+from dataset.pictures import ENDINGS
 from utils import video
 from utils.errors import InputError, first_line
 
@@ -60,12 +59,16 @@ def find_sources(
         raise InputError("nothing to predict; name files, folders or patterns, or --list FILE")
     found: dict[str, tuple[Path, str]] = {}
     for entry in wanted:
-        for path, name in _expand(entry, recursive, output):
-            found.setdefault(os.path.abspath(path), (path, name))  # noqa: PTH100
+        try:
+            expanded = _expand(entry, recursive, output)
+        except OSError as error:
+            raise InputError(f"{entry}: cannot be read ({error.strerror})") from error
+        for path, name in expanded:
+            found.setdefault(os.path.realpath(path), (path, name))
     taken = {name.lower() for name in named.values()}
     sources = []
-    for key, (path, name) in found.items():
-        given = named.get(key) or _free_name(name, path.suffix, taken)
+    for path, name in found.values():
+        given = named.get(Source(path, name).key) or _free_name(name, path.suffix, taken)
         taken.add(given.lower())
         sources.append(Source(path, given))
     return sources
@@ -74,7 +77,12 @@ def find_sources(
 def _expand(entry: str, recursive: bool, output: Path) -> Iterable[tuple[Path, str]]:
     path = Path(entry).expanduser()
     if path.is_dir():
-        files = [each for each in _files_of(path, recursive) if not each.resolve().is_relative_to(output.resolve())]
+        if path.resolve() == output.resolve():
+            raise InputError(f"--output {output}: holds the inputs; name a folder of its own for the predictions")
+        own = output.resolve().is_relative_to(path.resolve())  # earlier predictions below the inputs
+        files = [
+            each for each in _files_of(path, recursive) if not (own and each.resolve().is_relative_to(output.resolve()))
+        ]
         if not files:
             deeper = "" if recursive else "; --recursive looks into the folders below"
             raise InputError(f"{entry}: holds no pictures or videos{deeper}")
@@ -86,16 +94,14 @@ def _expand(entry: str, recursive: bool, output: Path) -> Iterable[tuple[Path, s
     if not files:
         what = "no file matches this pattern" if glob.has_magic(entry) else "no such file or folder"
         raise InputError(f"{entry}: {what}")
-    return [(each, each.stem) for each in files if not each.resolve().is_relative_to(output.resolve())]
+    return [(each, each.stem) for each in files]
 
 
 def _files_of(folder: Path, recursive: bool) -> list[Path]:
     """Returns the pictures and videos of a folder, by their endings, sorted; hidden ones are left out."""
-    Image.init()
-    endings = {*Image.registered_extensions(), *video.ENDINGS}
     found = folder.rglob("*") if recursive else folder.iterdir()
     shown = (path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
-    return sorted(path for path in shown if path.suffix.lower() in endings and path.is_file())
+    return sorted(path for path in shown if path.suffix.lower() in ENDINGS | video.ENDINGS and path.is_file())
 
 
 def _free_name(name: str, suffix: str, taken: set[str]) -> str:
@@ -106,7 +112,7 @@ def _free_name(name: str, suffix: str, taken: set[str]) -> str:
 
 def _read_list(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be read as a list of inputs ({first_line(error)})") from error
     return [line.strip() for line in lines if line.strip()]

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
+from safetensors import SafetensorError
 
 from models.base import DTYPES
 from models.card import STABILITY_LICENCE, UNKNOWN_LICENCE
@@ -61,11 +63,12 @@ def describe_training(checkpoint: Path) -> dict[str, Any]:
         "base_model": config.base_model_path if on_hub else Path(config.base_model_path).name,
         "base_on_hub": on_hub,
         "licence": base_licence(config.base_model_path),
-        "data": config.dataset_name,
+        "data": Path(config.dataset_path).name,
+        "layout": config.dataset_name,
         "updates": state.global_step,
         "recipe": recipe,
         "commit": _read_json(run / "provenance.json").get("commit"),
-        "scores": _scores(run, checkpoint.name, config.dataset_name),
+        "scores": _scores(run, checkpoint.name, Path(config.dataset_path).name),
     }
 
 
@@ -102,9 +105,15 @@ def export(run: Path, out: Path, name: str = "best", data_type: str = "fp32") ->
     checkpoint = _checkpoint_of(run, name)
     pipeline = load_pipeline(checkpoint, DTYPES[data_type])
     pipeline.register_to_config(training=describe_training(checkpoint))
+    partial = out.with_name(f".part-{out.name}")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        pipeline.save_pretrained(out)
-    except OSError as error:
+        pipeline.save_pretrained(partial)
+        if out.is_dir():
+            out.rmdir()
+        partial.replace(out)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
         raise InputError(f"{out}: cannot be written ({first_line(error)}); check the disk") from error
     return checkpoint
 
@@ -119,9 +128,10 @@ def _scores(run: Path, checkpoint_name: str, data: str) -> list[dict[str, Any]]:
     found = []
     for folder in sorted((run / "mask_predictions").glob("test_*")):
         inference, metrics = (_read_json(folder / name) for name in ("inference.json", "metrics.json"))
-        if Path(inference.get("checkpoint", "")).name == checkpoint_name and "iou" in metrics:
-            figures = {key: metrics[key] for key in ("iou", "recall", "mse", "boundary_iou")}
-            settings = {key: inference[key] for key in ("resolution", "tta", "threshold")}
+        figures = {key: metrics.get(key) for key in ("iou", "recall", "mse", "boundary_iou")}
+        settings = {key: inference.get(key) for key in ("resolution", "tta", "threshold")}
+        complete = None not in (*figures.values(), *settings.values())
+        if complete and Path(inference.get("checkpoint", "")).name == checkpoint_name:
             split = "_".join(folder.name.split("_")[:2])
             found.append({"split": split, "data": data, "pictures": metrics["num_images"], **settings, **figures})
     return found

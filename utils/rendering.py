@@ -71,13 +71,12 @@ def contours(classes: NDArray[np.uint8], soft: NDArray[np.float32]) -> list[dict
                 inside.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE, offset=(left, top)
             )
             whole = len(lines) == 1 and len(lines[0]) >= 3
-            canvas = np.zeros(classes.shape, bool)
-            if not whole:
-                canvas[top : top + height, left : left + width] = inside
             found.append(
                 {
                     "category_id": category,
-                    "segmentation": [lines[0].reshape(-1).tolist()] if whole else run_lengths(canvas),
+                    "segmentation": [lines[0].reshape(-1).tolist()]
+                    if whole
+                    else run_lengths(inside, classes.shape, top, left),
                     "bbox": [left, top, width, height],
                     "area": pixels,
                     "iscrowd": 0,
@@ -87,13 +86,25 @@ def contours(classes: NDArray[np.uint8], soft: NDArray[np.float32]) -> list[dict
     return found
 
 
-def run_lengths(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    """Returns a mask (H, W) as COCO's uncompressed run-length code: column by column, starting with the length outside."""
-    flat = mask.T.reshape(-1)
-    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    edges = np.concatenate([[0], changes, [flat.size]])
-    lengths = np.diff(edges).tolist()
-    return {"size": list(mask.shape), "counts": [0, *lengths] if flat[0] else lengths}
+def run_lengths(inside: NDArray[np.bool_], shape: Sequence[int], top: int = 0, left: int = 0) -> dict[str, Any]:
+    """Returns a mask as COCO's uncompressed run-length code: column by column, starting with the length outside.
+
+    Args:
+        inside: the mask's part (h, w) that is not empty.
+        shape: of the whole, (H, W).
+        top: row of the part in the whole.
+        left: column.
+    """
+    height, width = shape
+    columns, rows = np.nonzero(inside.T)
+    places = (columns + left) * height + rows + top  # ascending
+    starts = np.flatnonzero(np.diff(places, prepend=-2) > 1)
+    ends = np.append(starts[1:], len(places))
+    counts, position = [], 0
+    for first, end in zip(places[starts].tolist(), (places[ends - 1] + 1).tolist(), strict=True) if len(places) else ():
+        counts += [first - position, end - first]
+        position = end
+    return {"size": [height, width], "counts": counts + [height * width - position] * (position < height * width)}
 
 
 def coco(pictures: Sequence[dict[str, Any]], palette: Palette | None) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +16,8 @@ from utils.errors import InputError, first_line
 
 ENDINGS = frozenset((".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg"))
 DEFAULT_RATE = Fraction(25)
+SHARE_OF_A_WHOLE, SLACK_SECONDS = 0.9, 1.0  # of the duration that a file names
+FULL = (errno.ENOSPC, errno.EDQUOT)
 OVERLAY_QUALITY, MASK_QUALITY = "18", "8"  # constant rate factors: hardly visible; sharp enough to be cut at one half
 Frames = list[NDArray[np.uint8]]
 
@@ -42,11 +46,12 @@ def segment_video(
     """
     av = _library()
     partial = {kind: target.with_name(f".part-{target.name}") for kind, target in outputs.items()}
-    count = 0
+    count, last = 0, 0.0
     try:
-        with av.open(str(path)) as source:
+        with av.open(os.path.abspath(path)) as source:  # noqa: PTH100  a colon in a bare name would be a protocol
             if not source.streams.video:
                 raise InputError(f"{path}: holds no video")
+            seconds = (source.duration or 0) / av.time_base if len(source.streams) == 1 else 0.0
             stream = source.streams.video[0]
             stream.thread_type = "AUTO"
             writers = {kind: _Writer(av, target, stream, kind) for kind, target in partial.items()}
@@ -58,15 +63,19 @@ def segment_video(
                     for kind, painted in segment(frames).items():
                         for frame, picture in zip(batch, painted, strict=True):
                             writers[kind].add(picture, frame.pts)
-                    count += len(batch)
+                    count, last = count + len(batch), batch[-1].time or 0.0
             finally:
                 for writer in writers.values():
                     writer.close()
         if count == 0:
             raise InputError(f"{path}: holds no frames")
+        if last < SHARE_OF_A_WHOLE * seconds - SLACK_SECONDS:
+            raise InputError(f"{path}: breaks off after {last:.1f} of {seconds:.1f} seconds")
         for kind, target in outputs.items():
             partial[kind].replace(target)
     except av.error.FFmpegError as error:
+        if error.errno in FULL:
+            raise OSError(error.errno, error.strerror) from error
         raise InputError(f"{path}: cannot be read as a video ({first_line(error)})") from error
     finally:
         for part in partial.values():
