@@ -151,8 +151,8 @@ class LatentCache:
         Raises:
             InputError: if the disk is too small.
         """
-        latents = (self.num_versions + self.num_flips) * bytes_per_latent
-        needed = missing * PAIRS_PER_SHARD * (latents + self.num_flips * self.resolution**2 // 8)
+        each = bytes_per_pair(self.num_versions, self.num_flips, self.resolution, bytes_per_latent)
+        needed = missing * PAIRS_PER_SHARD * each
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise InputError(
@@ -182,6 +182,11 @@ class LatentCache:
                 f"{path}: cannot be written ({reason}); free some space or set latent_cache_path to another disk, then start "
                 "again: what is whole is kept"
             ) from error
+
+
+def bytes_per_pair(num_versions: int, num_flips: int, resolution: int, bytes_per_latent: int) -> int:
+    """Returns what a pair takes in a cache: latents of its versions and of the flips of its mask, and the flips' labels."""
+    return (num_versions + num_flips) * bytes_per_latent + num_flips * resolution**2 // 8
 
 
 def _partial(path: Path) -> Path:

@@ -1,0 +1,1 @@
+"""Lays archives as they are downloaded out as training reads them: `python -m dataset.prepare`."""
