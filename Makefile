@@ -7,7 +7,7 @@ DATA_TYPE := $(shell grep -qsE "avx512_bf16|amx_bf16" /proc/cpuinfo && echo bf16
 LAUNCH := $(BIN)/accelerate launch --quiet --config_file configs/accelerate/cpu.yaml
 RUN := runs/quickstart
 
-.PHONY: quickstart test test-slow lint clean
+.PHONY: quickstart test test-slow lint docs docs-check clean
 
 quickstart: .venv/main.stamp
 	rm -rf $(RUN)
@@ -30,6 +30,13 @@ lint: .venv/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Every command of README.md and docs/ in a fresh clone and a new environment: an hour and more.
+docs-check:
+	$(PYTHON) docs/check_commands.py
+
+docs: .venv/dev.stamp
+	$(BIN)/python -m pdoc --docformat google --output-directory docs/api trainer val_inference predict demo dataset models utils
+
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
 
@@ -42,8 +49,8 @@ clean:
 	$(PIP) -r requirements.txt
 	touch $@
 
-.venv/dev.stamp: .venv/main.stamp requirements-dev.txt requirements-render.txt requirements-trackers.txt
-	$(PIP) -r requirements-dev.txt -r requirements-render.txt -r requirements-trackers.txt
+.venv/dev.stamp: .venv/main.stamp requirements-dev.txt requirements-render.txt requirements-trackers.txt requirements-video.txt requirements-demo.txt
+	$(PIP) -r requirements-dev.txt -r requirements-render.txt -r requirements-trackers.txt -r requirements-video.txt -r requirements-demo.txt
 	touch $@
 
 .venv/slow.stamp: .venv/dev.stamp requirements-deepspeed.txt requirements-memory.txt

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from utils import checkpoints
 from utils.caching import cached_latents
 from utils.checkpoints import TrainingState
 from utils.config import Config, parse_config
+from utils.dry_run import dry_run
 from utils.ema import MovingAverage
 from utils.engine import build_accelerator, clip_gradients, engine_name
 from utils.errors import InputError, InterruptedRunError, keep_until_exit, run_command
@@ -32,6 +33,7 @@ from utils.evaluation import evaluate
 from utils.metrics import best_threshold, iou_curves, summarise
 from utils.monitor import TrainingMonitor
 from utils.optimizers import build_optimizer, set_rate
+from utils.panel import Panel
 from utils.plan import TrainingPlan
 from utils.seeding import Stream, reseed, torch_generator
 from utils.signals import StopRequests
@@ -45,26 +47,42 @@ from utils.training_state import (
     save_training,
 )
 
+DRY_RUN_HELP = "print what the training would do, need and take, and all that is wrong, then leave; nothing is written"
+
 
 class Trainer:
-    """One training run: builds everything, then `train` loops, validates and saves."""
+    """One training run: builds everything, then `train` loops, validates and saves, or `rehearse` leaves nothing behind.
+
+    Args:
+        config: of the run.
+        accelerator: of the run.
+        train: pairs to train on.
+        validation: pairs to score; None: no validation.
+        stop: asked before every update.
+        make_plan: turns the configuration into updates and rates.
+    """
 
     transformer: Any
     optimizer: Any
     saved_step: int
 
     def __init__(
-        self, config: Config, accelerator: Accelerator, train: Scan, validation: Scan | None, stop: StopRequests
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        train: Scan,
+        validation: Scan | None,
+        stop: StopRequests,
+        make_plan: Callable[[Config, int, int], TrainingPlan] = TrainingPlan,
     ):
         self.config, self.accelerator, self.stop = config, accelerator, stop
         self.resumed = find_resumed(config)
         self._load_models()
-        self._make_plan(train)
+        self._make_plan(train, make_plan)
         self._load_data(train, validation)
-        num_parameters = sum(
+        self.num_parameters = sum(
             parameter.numel() for parameter in self.transformer.parameters() if parameter.requires_grad
         )
-        prepare_output(accelerator, config, self.plan, num_parameters, self.global_step)
         self.optimizer = build_optimizer(self.transformer, config, self.plan.peak_rate)
         if self.resumed:
             restore_raw_weights(self.resumed, self.transformer)
@@ -84,17 +102,10 @@ class Trainer:
         Raises:
             InterruptedRunError: after a signal, once the state is saved.
             TrainingDivergedError: if the loss is not finite; nothing is saved then.
+            InputError: if the run's folder cannot be written or the disk is too small.
         """
-        self.monitor = TrainingMonitor(
-            self.accelerator,
-            self.config.output_dir,
-            self.global_step,
-            self.plan.total_steps,
-            self.plan.effective_batch_size,
-            self.config.log_steps,
-        )
-        encode = (self.pipeline.encode_images, self.pipeline.encode_labels)
-        batches = iter(LatentBatches(self.monitor.timed(self.loader), *encode, self.accelerator.device))
+        prepare_output(self.accelerator, self.config, self.plan, self.num_parameters, self.global_step)
+        batches = self._start(self.config.output_dir)
         try:
             if (
                 self.resumed
@@ -122,6 +133,35 @@ class Trainer:
         finally:
             self.monitor.bar.close()
         self.monitor.close()
+
+    def rehearse(self) -> Generator[dict[str, float], None, None]:
+        """Runs the updates and yields the row that each would write to the history; nothing is written, scored or saved.
+
+        Raises:
+            InterruptedRunError: after a signal.
+            TrainingDivergedError: if the loss is not finite.
+        """
+        batches = self._start(None)
+        try:
+            while self.global_step < self.plan.total_steps:
+                self._leave_if_asked()
+                self._update(batches)
+                yield self.monitor.row
+        finally:
+            self.monitor.bar.close()
+
+    def _start(self, output_dir: str | None) -> Iterator[dict[str, Any]]:
+        """Begins to watch, and returns the batches."""
+        self.monitor = TrainingMonitor(
+            self.accelerator,
+            output_dir,
+            self.global_step,
+            self.plan.total_steps,
+            self.plan.effective_batch_size,
+            self.config.log_steps,
+        )
+        encode = (self.pipeline.encode_images, self.pipeline.encode_labels)
+        return iter(LatentBatches(self.monitor.timed(self.loader), *encode, self.accelerator.device))
 
     def _update(self, batches: Iterator[dict[str, Any]]) -> None:
         """One optimiser update over `gradient_accumulation_steps` batches."""
@@ -173,6 +213,7 @@ class Trainer:
         vae_device = self.pipeline.vae.device
         self.pipeline.vae.to(self.accelerator.device)
         self.transformer.eval()
+        panel = Panel(self.validation_data.pairs)
         with self.average.in_place() if self.average else nullcontext(), self.accelerator.autocast():
             found = evaluate(
                 self.pipeline,
@@ -181,9 +222,11 @@ class Trainer:
                 batch_size=self.config.test_batch_size,
                 seed=self.config.seed,
                 num_workers=self.config.dataloader_num_workers,
+                write=panel.write,
                 poll_stop=self.stop.poll,
                 description="validation",
             )
+        panel.gather(self.accelerator, found.scores)
         self.transformer.train()
         self.pipeline.vae.to(vae_device)
         summary = summarise(found.scores)
@@ -196,7 +239,7 @@ class Trainer:
             if self.accelerator.is_main_process:
                 limit = self.config.checkpoints_total_limit
                 checkpoints.mark_best(self.config.output_dir, self.global_step, iou, limit, threshold)
-        self.monitor.record_validation(self.global_step, self._epoch(), summary)
+        self.monitor.record_validation(self.global_step, self._epoch(), summary, panel)
 
     def _save(self) -> None:
         """Saves a checkpoint of this update, once."""
@@ -230,12 +273,12 @@ class Trainer:
         parts = (self.transformer, vae, self.prompt, mask_decoder_of(self.transformer), palette)
         self.pipeline = checkpoints.build_pipeline(config, base, *parts)
 
-    def _make_plan(self, train: Scan) -> None:
+    def _make_plan(self, train: Scan, make_plan: Callable[[Config, int, int], TrainingPlan]) -> None:
         """Turns epochs into updates; knows where a resumed run stands."""
         config, accelerator = self.config, self.accelerator
         arguments = (len(train.pairs), config.train_batch_size, config.seed)
         self.stream = BatchStream(*arguments, accelerator.process_index, accelerator.num_processes)
-        self.plan = TrainingPlan(config, self.stream.global_batch_size, self.stream.batches_per_epoch)
+        self.plan = make_plan(config, self.stream.global_batch_size, self.stream.batches_per_epoch)
         self.global_step = self.batches_seen = 0
         if self.resumed:
             state = checkpoints.read_state(self.resumed)
@@ -304,9 +347,11 @@ class Trainer:
             raise InterruptedRunError("asked to stop", code)
 
 
-def main() -> None:
+def main() -> int:
     """Command line of the trainer."""
-    config, _ = parse_config(sys.argv[1:], __doc__ or "")
+    config, given = parse_config(sys.argv[1:], __doc__ or "", {"dry_run": DRY_RUN_HELP})
+    if "dry_run" in given:
+        return dry_run(config, Trainer)
     check_settings(config)
     stop = StopRequests()
     trackers = check_tracker(config.tracker)
@@ -323,6 +368,7 @@ def main() -> None:
     set_seed(config.seed)
     trainer = keep_until_exit(Trainer(config, accelerator, train, validation, stop))
     trainer.train()
+    return 0
 
 
 if __name__ == "__main__":

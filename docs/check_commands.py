@@ -66,6 +66,7 @@ RULES = (
     Rule(r"make PYTHON=", skip="names a Python that may not be installed"),
     Rule(r"^make (docs-check|clean)", skip="is this, or takes the environment away"),
     Rule(r"^make test-slow|pytest -m slow", skip="takes more than an hour; run it by itself"),
+    Rule(r"dataset\.prepare photos", fresh=("data/mine", "data/mine_fixed")),
     Rule(r"dataset\.prepare", skip="needs the download; tests/test_prepare.py plays it"),
     Rule(r"demo\.py", skip="serves until it is stopped; tests/test_demo_browser.py drives it"),
     Rule(r"models\.tiny_base .*--check"),
@@ -124,9 +125,13 @@ def set_up(checkout: Path, environment: dict[str, str]) -> None:
     (model / "refs" / "main").write_text(REVISION)
     snapshot = model / "snapshots" / REVISION
     shutil.copytree(checkout / "assets" / "tiny_sd3", snapshot)
-    masks = checkout / "docs_check_masks"
+    masks, test = checkout / "docs_check_masks", checkout / "assets" / "glass_sample" / "test" / "easy"
     for name in ("predictions", "truths"):
-        shutil.copytree(checkout / "assets" / "glass_sample" / "test" / "easy" / "masks", masks / name)
+        shutil.copytree(test / "masks", masks / name)
+    for kind in ("images", "masks"):  # a folder of somebody's own
+        (checkout / "photos" / kind).mkdir(parents=True)
+        for path in sorted((test / kind).iterdir())[:40]:
+            shutil.copy(path, checkout / "photos" / kind / path.name)
     # The stand-in has no text encoders, so its prompt lies where computed ones are kept.
     place = "from pathlib import Path; from models.base import _prompt_cache_path as place; print(place(Path(input())))"
     python = [str(checkout / ".venv" / "bin" / "python"), "-c", place]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
+from utils import monitor as monitor_module
 from utils.errors import EXIT_FAILED, TrainingDivergedError
 from utils.history import COLUMNS, History, read_history
 from utils.monitor import MAX_NAMES_IN_MESSAGE, TrainingMonitor
@@ -79,6 +82,61 @@ def test_a_validation_has_a_row_of_its_own(make_monitor: MakeMonitor, tmp_path: 
     (row,) = rows(tmp_path)
     assert (row["step"], row["val_iou"], row["val_recall"], row["val_mse"]) == ("3", "0.25", "0.5", "0.125")
     assert row["loss"] == ""
+
+
+def test_a_row_holds_the_memory_of_its_process(
+    make_monitor: MakeMonitor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks = iter((2_500_000, 4_000_000))  # KiB, as Linux counts
+    monkeypatch.setattr(monitor_module.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=next(peaks)))
+    monitor = make_monitor(log_steps=1)
+    update(monitor, 1, 1.0)
+    monitor.record_validation(1, 0.5, {"iou": 0.25, "recall": 0.5, "mse": 0.125, "num_images": 7})
+    assert [row["memory_gb"] for row in rows(tmp_path)] == ["2.56", "4.096"]
+    assert monitor.row["memory_gb"] == 2.56
+
+
+def test_a_gpus_peak_is_counted_anew_after_every_row(
+    make_monitor: MakeMonitor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monitor = make_monitor(log_steps=1)
+    resets: list[object] = []
+    accelerator = SimpleNamespace(device=torch.device("cuda"), gather=lambda values: values)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1.5e9)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", resets.append)
+    monkeypatch.setattr(monitor_module.torch, "tensor", lambda values, device: np.array(values))
+    monkeypatch.setattr(monitor, "accelerator", accelerator)
+    assert monitor._peak_memory_gb() == 1.5
+    assert resets == [torch.device("cuda")]
+
+
+def test_a_rehearsal_writes_nothing_and_keeps_its_row(accelerator: Accelerator, tmp_path: Path) -> None:
+    monitor = TrainingMonitor(accelerator, None, 0, 2, 2, 1)
+    update(monitor, 1, 3.0)
+    monitor.bar.close()
+    assert monitor.row["loss"] == 3
+    assert list(tmp_path.iterdir()) == []
+
+
+class FakePanel:
+    """Fails to be written."""
+
+    def draw(self, title: str) -> str:
+        return title
+
+    def save(self, picture: object, path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+
+def test_a_panel_that_cannot_be_written_does_not_end_the_training(
+    make_monitor: MakeMonitor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monitor = make_monitor()
+    said: list[str] = []
+    monkeypatch.setattr(monitor, "say", said.append)
+    monitor.record_validation(3, 0.5, {"iou": 0.25, "recall": 0.5, "mse": 0.125, "num_images": 7}, FakePanel())  # type: ignore[arg-type]
+    assert any("panel of update 3 could not be written" in line for line in said)
+    assert [row["step"] for row in rows(tmp_path)] == ["3"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -195,7 +253,9 @@ def test_a_long_list_of_files_is_cut_and_has_no_duplicates(make_monitor: MakeMon
 
 
 def write_history(path: Path, *steps: int) -> None:
-    path.write_text(HEADER + "".join(f"{step},0.5,1.0,0.75,0.25,0.1,0.2,3.0,0.1,,,\r\n" for step in steps), newline="")
+    path.write_text(
+        HEADER + "".join(f"{step},0.5,1.0,0.75,0.25,0.1,0.2,3.0,0.1,1.5,,,\r\n" for step in steps), newline=""
+    )
 
 
 @pytest.mark.parametrize(
@@ -211,6 +271,18 @@ def test_a_history_is_cut_back_to_the_resumed_step(resumed_step: int, kept: list
     assert [path.name for path in tmp_path.iterdir()] == ["history.csv"]
 
 
+def test_a_history_from_before_memory_was_recorded_is_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "history.csv"
+    old = [name for name in COLUMNS if name != "memory_gb"]
+    path.write_text(",".join(old) + "\r\n" + "2,0.5,1.0,0.75,0.25,0.1,0.2,3.0,0.1,0.5,0.6,0.7\r\n", newline="")
+    History(path, 2).append(step=4, loss=0.5, memory_gb=1.25)
+    assert path.read_text().splitlines()[0] == HEADER.strip()
+    assert [(row["step"], row["memory_gb"], row["val_mse"]) for row in rows(tmp_path)] == [
+        ("2", "", "0.7"),
+        ("4", "1.25", ""),
+    ]
+
+
 def test_a_resumed_monitor_cuts_its_history_back(make_monitor: MakeMonitor, tmp_path: Path) -> None:
     first = make_monitor(log_steps=1)
     for step in range(1, 7):
@@ -224,7 +296,7 @@ def test_a_last_row_cut_anywhere_by_a_kill_is_dropped_and_the_next_one_starts_it
     path = tmp_path / "history.csv"
     write_history(path, 1, 2)
     whole = path.read_bytes()
-    row = b"3,0.75,1.0,0.75,0.25,0.1,0.2,3.0,0.1,0.5,0.625,0.03125"
+    row = b"3,0.75,1.0,0.75,0.25,0.1,0.2,3.0,0.1,1.5,0.5,0.625,0.03125"
     for length in range(len(row) + 1):
         path.write_bytes(whole + row[:length])
         assert [line["step"] for line in read_history(path)] == ["1", "2"], row[:length]

@@ -131,7 +131,9 @@ class Config:
     output_dir: str = key("run", "runs/sd35_medium_end_to_end", "folder of the run", path=True)
     seed: Annotated[int, Field(ge=0, lt=2**32)] = key("run", 42, "seed of every random draw")
     resume_from_checkpoint: str | None = key("run", None, "latest, best or the name of a checkpoint to resume from")
-    tracker: Literal["wandb", "tensorboard", "none"] = key("run", "none", "experiment tracker beside history.csv")
+    tracker: Literal["wandb", "tensorboard", "trackio", "mlflow", "none"] = key(
+        "run", "none", "experiment tracker beside history.csv"
+    )
     log_steps: PositiveInt = key("run", 10, "updates between two rows of history.csv")
 
     epochs: PositiveInt | None = key("training", 43, "length in epochs, or else max_train_steps")
@@ -224,31 +226,36 @@ _ADAPTERS: dict[str, TypeAdapter[Any]] = {
 SECTIONS = tuple(dict.fromkeys(field.metadata["section"] for field in FIELDS.values()))
 
 
-def parse_config(argv: Sequence[str], description: str = "") -> tuple[Config, frozenset[str]]:
+def parse_config(
+    argv: Sequence[str], description: str = "", switches: Mapping[str, str] | None = None
+) -> tuple[Config, frozenset[str]]:
     """Builds the configuration of a command from `config.yaml`, overlays and flags.
 
     Args:
         argv: the command's arguments without the program's name.
         description: shown by `--help`.
+        switches: flags of the command that are no keys and take no value, by name, with their help.
 
     Returns:
-        The configuration, and the names of the keys that were given as flags.
+        The configuration, and the names of the keys and switches that were given as flags.
 
     Raises:
         InputError: for an unknown key or flag, a wrong type, a value out of range, a missing or malformed file, or
             epochs and steps given together.
     """
-    parser = _build_parser(description)
+    switches = switches or {}
+    parser = _build_parser(description, switches)
     namespace, unknown = parser.parse_known_args(_bind_negative_numbers(argv))
     if unknown:
-        raise InputError(_unknown_argument(unknown[0]))
+        raise InputError(_unknown_argument(unknown[0], [*FIELDS, *switches, "config"]))
     layers = [load_layer(BASE_CONFIG_PATH)] if BASE_CONFIG_PATH.is_file() else []
     layers += [load_layer(Path(_expand_home(path, "--config"))) for path in namespace.config]
     flags = {
         name: convert(name, value, f"--{name}") for name in FIELDS if (value := getattr(namespace, name)) is not None
     }
     _check_exclusive(flags, "the command line", prefix="--")
-    return merge_layers([*layers, flags]), frozenset(flags)
+    given = {name for name in switches if getattr(namespace, name)}
+    return merge_layers([*layers, flags]), frozenset({*flags, *given})
 
 
 def merge_layers(layers: Sequence[Mapping[str, Any]]) -> Config:
@@ -428,23 +435,28 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (--help shows every flag)")
 
 
-def _build_parser(description: str) -> argparse.ArgumentParser:
+def _build_parser(description: str, switches: Mapping[str, str]) -> argparse.ArgumentParser:
     parser = _Parser(description=description, usage="%(prog)s [--config FILE]... [--KEY VALUE]...", allow_abbrev=False)
     parser.add_argument(
         "--config", action="append", default=[], metavar="FILE", help="YAML overlay; repeatable, later wins, flags win"
     )
+    for name, help_text in switches.items():
+        parser.add_argument(*_spellings(name), dest=name, action="store_true", help=help_text)
     for section in SECTIONS:
         group = parser.add_argument_group(section)
         for name, field in FIELDS.items():
             if field.metadata["section"] != section:
                 continue
-            names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
             default = "null" if field.default is None else str(field.default)
             help_text = f"{field.metadata['meaning']} [{describe_type(name)}; default: {default}]".replace("%", "%%")
             # A boolean flag may stand alone: `--augmentation` means `--augmentation true`.
             bare: dict[str, Any] = {"nargs": "?", "const": "true"} if _TYPES[name] is bool else {}
-            group.add_argument(*names, dest=name, metavar="VALUE", default=None, help=help_text, **bare)
+            group.add_argument(*_spellings(name), dest=name, metavar="VALUE", default=None, help=help_text, **bare)
     return parser
+
+
+def _spellings(name: str) -> list[str]:
+    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
 
 
 def _bind_negative_numbers(argv: Sequence[str]) -> list[str]:
@@ -458,11 +470,11 @@ def _bind_negative_numbers(argv: Sequence[str]) -> list[str]:
     return bound
 
 
-def _unknown_argument(argument: str) -> str:
+def _unknown_argument(argument: str, names: Sequence[str]) -> str:
     if not argument.startswith("-"):
         return f"unexpected argument {argument!r}: every value needs its flag (--help shows them)"
     flag = argument.split("=")[0]
-    return f"unknown flag {flag} (did you mean --{_nearest(flag.lstrip('-'), [*FIELDS, 'config'])}?)"
+    return f"unknown flag {flag} (did you mean --{_nearest(flag.lstrip('-'), names)}?)"
 
 
 def main() -> None:

@@ -46,7 +46,7 @@ def build_accelerator(config: Config, trackers: list[str] | None = None) -> Acce
     has_cuda = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() not in ("true", "1")
     if config.data_type == "fp16" and not has_cuda:
         raise InputError("data_type: fp16 needs a GPU; use bf16 or fp32 on this machine")
-    _check_launcher_settings(config)
+    check_launcher_settings(config)
     accelerator = Accelerator(
         # cpu=True turns a DeepSpeed launch silently into plain data parallelism, so only where it is the plain CPU.
         cpu=not has_cuda and not uses_deepspeed,
@@ -101,7 +101,7 @@ def keep_freed_memory() -> None:
             library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def _check_launcher_settings(config: Config) -> None:
+def check_launcher_settings(config: Config) -> None:
     """Compares what the launch file says once more with the configuration.
 
     Raises:

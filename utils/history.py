@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 
 COLUMNS = (
-    "step", "epoch", "loss", "latent_loss", "pixel_loss", "lr", "grad_norm", "samples_per_second", "data_wait", "val_iou", "val_recall", "val_mse",
+    "step", "epoch", "loss", "latent_loss", "pixel_loss", "lr", "grad_norm", "samples_per_second", "data_wait", "memory_gb", "val_iou", "val_recall", "val_mse",
 )  # fmt: skip
 
 

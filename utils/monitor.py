@@ -1,7 +1,8 @@
-"""Watches a training: progress bar, history, tracker, and the check that the loss is finite."""
+"""Watches a training: progress bar, history, tracker, pictures, and the check that the loss is finite."""
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +13,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from utils.errors import TrainingDivergedError
+from utils.errors import TrainingDivergedError, first_line
 from utils.history import History, read_history
+from utils.panel import Panel
+from utils.trackers import Tracking
 
 MAX_NAMES_IN_MESSAGE = 32
 
@@ -23,7 +26,7 @@ class TrainingMonitor:
 
     Args:
         accelerator: of the run.
-        output_dir: of the run.
+        output_dir: of the run; None: nothing is written.
         start: updates done before.
         total: updates in all.
         samples_per_update: over all processes.
@@ -31,12 +34,21 @@ class TrainingMonitor:
     """
 
     def __init__(
-        self, accelerator: Accelerator, output_dir: str, start: int, total: int, samples_per_update: int, log_steps: int
+        self,
+        accelerator: Accelerator,
+        output_dir: str | None,
+        start: int,
+        total: int,
+        samples_per_update: int,
+        log_steps: int,
     ) -> None:
         self.accelerator = accelerator
         self.samples_per_update = samples_per_update
         self.log_steps = log_steps
-        self.history = History(Path(output_dir) / "history.csv", start) if accelerator.is_main_process else None
+        self.output_dir = Path(output_dir) if output_dir is not None and accelerator.is_main_process else None
+        self.history = History(self.output_dir / "history.csv", start) if self.output_dir else None
+        self.tracking = Tracking(accelerator, self.say)
+        self.row: dict[str, float] = {}  # the last one of an update
         self.bar = tqdm(
             initial=start, total=total, desc="training", unit="update", disable=not accelerator.is_main_process
         )
@@ -83,21 +95,35 @@ class TrainingMonitor:
         stacked = torch.stack([losses[name] for name in sorted(losses)]) / num_batches
         averaged = self.accelerator.reduce(stacked, "mean").tolist()
         values = dict(zip(sorted(losses), averaged, strict=True))
+        memory = self._peak_memory_gb()
         now = time.monotonic()
         seconds = max(now - self._timed_at, 1e-9)
         speed, data_wait = (step - self._timed_step) * self.samples_per_update / seconds, self._waited_seconds / seconds
         self._timed_step, self._timed_at, self._waited_seconds = step, now, 0.0
         norm = float("nan") if grad_norm is None else float(grad_norm)
-        speeds = {"samples_per_second": round(speed, 2), "data_wait": round(data_wait, 3)}
-        self._write(step=step, epoch=epoch, lr=rate, grad_norm=norm, **speeds, **values)
+        costs = {"samples_per_second": round(speed, 2), "data_wait": round(data_wait, 3), "memory_gb": memory}
+        self.row = {"epoch": epoch, "lr": rate, "grad_norm": norm, **costs, **values}
+        self._write(step, self.row)
         self.bar.set_postfix_str(
             f"loss {values['loss']:.4f}, rate {rate:.2e}, grad norm {norm:.3f}, {speed:.1f} samples/s", refresh=False
         )
 
-    def record_validation(self, step: int, epoch: float, summary: Mapping[str, float]) -> None:
-        """Writes a validation's scores; the time that it took does not count towards the training's speed."""
+    def record_validation(
+        self, step: int, epoch: float, summary: Mapping[str, float], panel: Panel | None = None
+    ) -> None:
+        """Writes a validation's scores, and a panel of pictures as `panels/step-NNNNNN.png`; called by all processes.
+
+        The time and the memory that it took do not count towards the training's.
+        """
         scores = {f"val_{name}": summary[name] for name in ("iou", "recall", "mse")}
-        self._write(step=step, epoch=epoch, **scores)
+        self._write(step, {"epoch": epoch, "memory_gb": self._peak_memory_gb(), **scores})
+        if panel is not None and self.output_dir:
+            picture = panel.draw(f"update {step}, validation IoU {scores['val_iou']:.3f}")
+            try:
+                panel.save(picture, self.output_dir / "panels" / f"step-{step:06d}.png")
+            except OSError as error:  # no reason to end a training
+                self.say(f"warning: the panel of update {step} could not be written ({first_line(error)})")
+            self.tracking.log_panel(picture, step)
         line = f"step {step}: validation IoU {scores['val_iou']:.4f}, recall {scores['val_recall']:.4f}"
         self.say(f"{line}, MSE {scores['val_mse']:.4f} on {summary['num_images']} pictures")
         self._timed_step, self._timed_at, self._waited_seconds = step, time.monotonic(), 0.0
@@ -139,13 +165,24 @@ class TrainingMonitor:
     def close(self) -> None:
         """Closes the bar and the tracker."""
         self.bar.close()
-        self.accelerator.end_training()
+        self.tracking.close()
 
     def _flag(self, step: int, value: torch.Tensor) -> None:
         bad = (self._first_bad_step < 0) & ~torch.isfinite(value)
         self._first_bad_step = torch.where(bad, step, self._first_bad_step)
 
-    def _write(self, step: int, **values: float) -> None:
+    def _peak_memory_gb(self) -> float:
+        """Returns the most that a process's GPU held since the last call, or that a process on the CPU has ever held, in 10^9 bytes."""
+        device = self.accelerator.device
+        if device.type == "cuda":
+            peak = float(torch.cuda.max_memory_allocated(device))
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+        peaks = self.accelerator.gather(torch.tensor([peak / 1e9], device=device))
+        return round(float(peaks.max()), 3)
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
         if self.history is not None:
             self.history.append(step=step, **values)
-        self.accelerator.log(values, step=step)
+        self.tracking.log(values, step)

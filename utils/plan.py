@@ -38,6 +38,10 @@ class TrainingPlan:
         """Updates between checkpoints; None: only at the end."""
         return self.config.save_checkpoint_steps or self.updates(self.config.save_checkpoint_epochs or 0) or None
 
+    def num_saves(self, done: int) -> int:
+        """Returns the checkpoints that are still written after `done` updates."""
+        return 1 + max(0, self.total_steps - done) // (self.save_steps or self.total_steps)
+
     @property
     def warmup_steps(self) -> int:
         """Updates of the warm-up."""
@@ -54,6 +58,27 @@ class TrainingPlan:
         return self.peak_rate * learning_rate_factor(
             step, self.total_steps, self.warmup_steps, config.lr_scheduler, config.lr_cycles, config.min_lr_ratio
         )
+
+    def describe_batch(self) -> str:
+        """Returns the effective batch with its arithmetic."""
+        config = self.config
+        processes = self.global_batch_size // config.train_batch_size
+        return (
+            f"effective batch {self.effective_batch_size} = {config.train_batch_size} per process x "
+            f"{config.gradient_accumulation_steps} accumulated x {processes} process{'es' if processes > 1 else ''}"
+        )
+
+    def describe_rate(self) -> str:
+        """Returns the learning rate's course in words."""
+        config, peak = self.config, f"{self.peak_rate:.3g}"
+        floor = f"{self.peak_rate * config.min_lr_ratio:.3g}"
+        warmup = f"linear warm-up over {self.warmup_steps} updates to {peak}, then " if self.warmup_steps else ""
+        shape = {
+            "constant": f"constant at {peak}",
+            "linear": f"linear from {peak} down to {floor}",
+            "cosine": f"{config.lr_cycles:g} cosine periods between {peak} and {floor}",
+        }[config.lr_scheduler]
+        return f"{warmup}{shape}, {self.rate(self.total_steps - 1):.3g} at the last update"
 
     def updates(self, epochs: float) -> int:
         """Returns the updates that `epochs` take."""

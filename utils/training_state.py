@@ -103,15 +103,17 @@ def prepare_output(
             output_dir,
             num_parameters,
             config.checkpoints_total_limit,
-            num_saves=1 + max(0, plan.total_steps - global_step) // (plan.save_steps or plan.total_steps),
-            bytes_per_parameter=20 if uses_deepspeed(accelerator) else bytes_per_parameter(config),
+            num_saves=plan.num_saves(global_step),
+            bytes_per_parameter=bytes_per_parameter(config, uses_deepspeed(accelerator)),
         )
     accelerator.wait_for_everyone()
     start_tracker(accelerator, config)
 
 
-def bytes_per_parameter(config: Config) -> int:
+def bytes_per_parameter(config: Config, with_deepspeed: bool = False) -> int:
     """Returns what a trained parameter takes in a checkpoint: itself, two moments, and raw value and fp32 average if there is one."""
+    if with_deepspeed:
+        return 20  # its shards beside the whole weights
     weight = {"fp32": 4, "bf16": 2}[config.weights]
     moments = 2 if config.optimizer == "adamw_8bit" else 2 * weight
     return weight + moments + (weight + 4 if config.ema_decay is not None else 0)
