@@ -238,6 +238,7 @@ def test_an_example_and_the_camera_give_pictures_too(tab: Tab) -> None:
     tab.expect("Choose or take a picture")
     tab.page.get_by_label("Capture from camera").click()
     tab.page.get_by_text("Click to Access Webcam").click()
+    tab.page.wait_for_function("document.querySelector('#picture video')?.videoWidth > 0")
     tab.page.get_by_label("capture photo").click()
     tab.expect("is transparent at threshold")
 

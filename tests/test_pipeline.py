@@ -385,4 +385,9 @@ def test_classes_are_read_within_the_masks_and_survive_saving(tmp_path: Path) ->
     TransparencySegmentationPipeline(*parts, codec="palette", palette=THINGS_STUFF.to_dict()).save_pretrained(tmp_path)
     loaded = TransparencySegmentationPipeline.from_pretrained(tmp_path)
     assert loaded.palette == THINGS_STUFF
-    assert loaded.predict((pipeline.codec.encode(label) + 1) / 2).classes.unique().tolist() in ([0], [0, 1], [0, 2], [0, 1, 2])
+    assert loaded.predict((pipeline.codec.encode(label) + 1) / 2).classes.unique().tolist() in (
+        [0],
+        [0, 1],
+        [0, 2],
+        [0, 1, 2],
+    )

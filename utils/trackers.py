@@ -18,7 +18,7 @@ from utils.errors import InputError, first_line
 
 PROJECT_NAME = "sd3-transparency"
 PANEL = "validation/panel"
-REQUIREMENTS = {"trackio": "requirements-trackio.txt"}  # it asks for an older pillow than the others' pin
+REQUIREMENTS = {"trackio": "requirements-trackio.txt"}  # the others are in requirements-trackers.txt
 
 
 def check_tracker(tracker: str) -> list[str]:
