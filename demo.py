@@ -20,12 +20,12 @@ from models.attention import use_plain_attention
 from models.base import DTYPES
 from models.pipeline import INDEX_FILE_NAME, TransparencySegmentationPipeline
 from utils.checkpoints import CONFIG_FILE_NAME, list_checkpoints, read_config
+from utils.demo.visitors import Limits
 from utils.errors import EXIT_SIGINT, InputError, InterruptedRunError, run_command
 from utils.publishing import load_model
-from utils.visitors import Limits
 
 if TYPE_CHECKING:
-    from utils.desk import Model
+    from utils.demo.desk import Model
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MODES = {"end_to_end": "end to end", "diffusion": "diffusion"}
@@ -131,7 +131,7 @@ def at_least_one(text: str) -> int:
 
 def load_models(names: Sequence[str], data_type: str | None) -> dict[str, Model]:
     """Loads models onto the GPU if there is one, telling what they are; a folder is called by its last part."""
-    from utils.desk import Model
+    from utils.demo.desk import Model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = DTYPES[data_type or ("bf16" if device.type == "cuda" else "fp32")]
@@ -162,8 +162,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="glass_page_", ignore_cleanup_errors=True) as folder:
             # Gradio reads these when it is imported: no reports home, and where uploads lie.
             os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=folder)
-            from utils.demo_page import launch
-            from utils.desk import Desk
+            from utils.demo.desk import Desk
+            from utils.demo.page import launch
 
             desk = Desk(load_models(names, arguments.data_type), limits, Path(folder))
             local, public = launch(desk, arguments.host, arguments.port, arguments.share)

@@ -80,7 +80,7 @@ RULES = (
     Rule(r"benchmarks\.(training|inference)", flags="--size tiny --batch_size 2 --steps 1"),
     Rule(r"benchmarks\.prediction", flags="--count 20 --broken 2"),
     Rule(r"models\.mask_decoder", flags="--resolution 64 --steps 2 --batch_size 2", fresh=("docs_check_decoder",)),
-    Rule(r"--dry_run", flags="--dataloader_num_workers 0"),
+    Rule(r"--dry_run", flags="--resolution 64 --dataloader_num_workers 0"),
     Rule(r"trainer\.py.*--help|trainer\.py.*--resume_from_checkpoint|trainer\.py.*--max_train_steps"),
     Rule(r"utils\.lr_finder", flags=SMALL_RUN),
     Rule(

@@ -21,10 +21,10 @@ from PIL import Image
 import demo
 from models.pipeline import Segmentation
 from tests.test_pipeline import make_pipeline
-from utils import visitors as visitors_module
+from utils.demo import visitors as visitors_module
+from utils.demo.results import VIEW_NAMES, Result
+from utils.demo.visitors import Limits, Visitors, read_upload
 from utils.errors import InputError
-from utils.results import VIEW_NAMES, Result
-from utils.visitors import Limits, Visitors, read_upload
 
 LIMITS = Limits(upload_mb=1, pixels=100_000)
 SIZE = (50, 40)  # width, height of most pictures here
@@ -269,7 +269,7 @@ class DeskCase:
     """A desk with two visitors, and how the page calls it."""
 
     def __init__(self, folder: Path) -> None:
-        desk_module = pytest.importorskip("utils.desk", exc_type=ImportError)
+        desk_module = pytest.importorskip("utils.demo.desk", exc_type=ImportError)
         self.pipe = CountingPipe()
         self.pages = folder / "pages"
         self.pages.mkdir()
@@ -393,7 +393,7 @@ def test_a_batch_goes_on_after_a_bad_file(case: DeskCase) -> None:
 
 
 def test_uncertainty_has_a_legend_or_the_way_to_get_one() -> None:
-    desk_module = pytest.importorskip("utils.desk", exc_type=ImportError)
+    desk_module = pytest.importorskip("utils.demo.desk", exc_type=ImportError)
     assert "<span>0.25</span>" in desk_module.legend(a_result(), "Uncertainty")
     assert "mirrored" in desk_module.legend(a_result(uncertain=False), "Uncertainty")
     assert set(desk_module.LEGENDS) | {"Uncertainty"} == set(VIEW_NAMES)
@@ -401,7 +401,7 @@ def test_uncertainty_has_a_legend_or_the_way_to_get_one() -> None:
 
 def test_models_are_told_before_and_on_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gradio")
-    from utils.demo_page import EXAMPLES, EXAMPLES_FOLDER
+    from utils.demo.page import EXAMPLES, EXAMPLES_FOLDER
 
     training = {"data": "trans10k"}
     make_pipeline("end_to_end", training=training).save_pretrained(tmp_path / "first" / "model")

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from models.pipeline import TransparencySegmentationPipeline
+from utils.demo.results import Result, encode, in_colours, stem_of
+from utils.demo.visitors import Limits, Visitor, Visitors, read_upload
 from utils.errors import InputError
-from utils.results import Result, encode, in_colours, stem_of
-from utils.visitors import Limits, Visitor, Visitors, read_upload
 
 MAX_FILES = 20  # of a batch, which holds the model until its end
 MAX_STEPS, MAX_MEMBERS = 50, 10

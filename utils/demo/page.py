@@ -8,11 +8,11 @@ from typing import Any
 import gradio as gr
 
 from models.pipeline import VIEWS
-from utils.desk import MAX_FILES, MAX_MEMBERS, MAX_STEPS, NOTHING_YET, OPACITY, Desk, good
-from utils.results import DOWNLOADS, VIEW_NAMES
-from utils.visitors import KEPT_SECONDS, MAX_SIDE, MEGABYTE, MIN_SIDE
+from utils.demo.desk import MAX_FILES, MAX_MEMBERS, MAX_STEPS, NOTHING_YET, OPACITY, Desk, good
+from utils.demo.results import DOWNLOADS, VIEW_NAMES
+from utils.demo.visitors import KEPT_SECONDS, MAX_SIDE, MEGABYTE, MIN_SIDE
 
-EXAMPLES_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "glass_sample" / "test"
+EXAMPLES_FOLDER = Path(__file__).resolve().parents[2] / "assets" / "glass_sample" / "test"
 EXAMPLES = (
     "easy/images/easy_00000",
     "easy/images/easy_00104",

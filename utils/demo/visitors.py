@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dataset.pictures import read_picture
+from utils.demo.results import Result
 from utils.errors import InputError, first_line
-from utils.results import Result
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 MEGABYTE = 2**20
