@@ -134,7 +134,7 @@ def test_a_hub_id_is_downloaded_without_pickles_and_without_foreign_parts(
 ) -> None:
     asked = {}
 
-    def download(repository: str, allow_patterns: list[str]) -> str:
+    def download(repository: str, revision: str | None, allow_patterns: list[str]) -> str:
         asked[repository] = allow_patterns
         return str(base)
 
