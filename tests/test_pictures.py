@@ -134,7 +134,8 @@ def sizes(values: list[NDArray[Any]]) -> list[tuple[int, ...]]:
 def test_masks_come_in_each_pictures_own_size_and_order_whatever_the_batches(objective: str, tmp_path: Path) -> None:
     pipeline = make_pipeline(objective, tta="flip")
     Image.fromarray(RGB).save(tmp_path / "a.png")
-    mixed: list[Any] = [tmp_path / "a.png", Image.new("L", (7, 50), 90), torch.rand(3, 64, 64), RGB[:1, :1], GREY]
+    noise = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
+    mixed: list[Any] = [tmp_path / "a.png", Image.new("L", (7, 50), 90), noise, RGB[:1, :1], GREY]
     expected = [(20, 30), (50, 7), (64, 64), (1, 1), (20, 30)]
     one, many = (pipeline(mixed, batch_size=batch_size) for batch_size in (1, 4))
     for values in (one.masks, one.soft, one.classes, one.uncertainty):
@@ -142,11 +143,11 @@ def test_masks_come_in_each_pictures_own_size_and_order_whatever_the_batches(obj
         assert sizes(values) == expected
     assert {each.dtype for each in one.masks} == {np.dtype(np.uint8)}
     for left, right in zip(one.soft, many.soft, strict=True):
-        np.testing.assert_allclose(left, right, atol=1e-5)
+        np.testing.assert_allclose(left, right, atol=1e-4)  # other batches are added in another order
     for soft, mask in zip(one.soft, one.masks, strict=True):
         assert np.array_equal(mask, soft > 0.5)
     if objective == "end_to_end":  # a diffusion model's noise is its place's
-        np.testing.assert_allclose(pipeline(mixed[4]).soft[0], one.soft[4], atol=1e-5)
+        np.testing.assert_allclose(pipeline(mixed[4]).soft[0], one.soft[4], atol=1e-4)
 
 
 def test_the_call_is_the_tensors_prediction_at_the_models_size() -> None:

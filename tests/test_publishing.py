@@ -253,8 +253,9 @@ def test_an_exported_folder_needs_nothing_at_a_particular_place(base: Path, tmp_
     (tmp_path / "out").rename(tmp_path / "elsewhere" / "moved")
     (tmp_path / "run").rename(tmp_path / "gone")
     Image.fromarray(picture).save(tmp_path / "elsewhere" / "photo.png")
+    here = {**environment(), "OMP_NUM_THREADS": str(torch.get_num_threads())}  # threads decide in which order is added
     done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE], env=environment(), capture_output=True, text=True, cwd=tmp_path / "elsewhere", timeout=120
+        [sys.executable, "-c", ELSEWHERE], env=here, capture_output=True, text=True, cwd=tmp_path / "elsewhere", timeout=120
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert np.array_equal(np.load(tmp_path / "elsewhere" / "soft.npy"), expected)
