@@ -32,6 +32,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 def test_training_rows_stand_beside_the_published_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out" / "training.json"
     training.main([*SMALL, "--data", SAMPLE, "--out", str(out), "--only", "folded", "folded, latent cache", PLAIN])

@@ -133,6 +133,7 @@ def test_a_training_on_classes_is_scored_by_their_protocols(
     )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_keeps_the_classes_of_its_folder(flags: dict[str, object], launch: Launch, tmp_path: Path) -> None:
     colours = {"background": [0, 0, 0], "cup": [255, 0, 0], "window": [255, 255, 255]}
     palette = tmp_path / "palette.json"

@@ -58,7 +58,7 @@ COMPILED_WAYS: dict[str, dict[str, object]] = {
 }
 
 
-SLOW_WAYS = {*COMPILED_WAYS, "average", "diffusion adapters"}  # the last two are near to ways that stay
+SLOW_WAYS = {*COMPILED_WAYS, "average", "diffusion adapters", "folded average"}  # the last are near to ways that stay
 
 
 @pytest.mark.parametrize(
@@ -108,6 +108,7 @@ def test_the_average_is_what_a_checkpoint_shows(flags: dict[str, object], launch
     assert any(not raw[name].equal(shown[name]) for name in raw)
 
 
+@pytest.mark.slow
 def test_an_average_left_out_on_resuming_leaves_the_weights_behind_it(
     flags: dict[str, object], launch: Launch, tmp_path: Path
 ) -> None:
@@ -211,7 +212,12 @@ def test_folded_vectors_stay_in_fp32_when_a_checkpoint_is_loaded_in_half_precisi
 
 
 @pytest.mark.parametrize(
-    "change", [{"fold_conditioning": "true"}, {"trainable": "lora"}, {"drop_zero_prompt_rows": "true"}]
+    "change",
+    [
+        {"fold_conditioning": "true"},
+        pytest.param({"trainable": "lora"}, marks=pytest.mark.slow),
+        pytest.param({"drop_zero_prompt_rows": "true"}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_is_not_resumed_another_way(change: dict[str, object], flags: dict[str, object], launch: Launch) -> None:
     flags |= {"max_train_steps": 3, "val_steps": "null"}
@@ -222,6 +228,7 @@ def test_a_run_is_not_resumed_another_way(change: dict[str, object], flags: dict
     assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_with_another_optimiser_which_starts_fresh(
     flags: dict[str, object], launch: Launch, tmp_path: Path
 ) -> None:
