@@ -216,7 +216,7 @@ def write_report(folder: Path, rows: Sequence[Mapping[str, Any]], command: str, 
 
     {command}
 
-{seeds} seeds, {computer["cores"]} core{"s" * (computer["cores"] > 1)} of {computer["processor"]}. Per-image protocol on the test split of the sample; the
+{seeds} seeds, {computer["cores"]} {"core" if computer["cores"] == 1 else "cores"} of {computer["processor"]}. Per-image protocol on the test split of the sample; the
 threshold is chosen on validation where the recipe says so. Each row is the first one with one change, trained on as many
 pictures; networks from scratch train for as many minutes on the sample, loading included, choose their threshold in the same way,
 and see one view of each test picture where the recipe averages several. Intervals are 95 % bootstrap intervals over seeds and pictures, the
