@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from models.attention import use_plain_attention
 from models.base import DTYPES
 from models.pipeline import INDEX_FILE_NAME, TransparencySegmentationPipeline
 from utils.checkpoints import CONFIG_FILE_NAME, list_checkpoints, read_config
 from utils.demo.visitors import Limits
 from utils.errors import EXIT_SIGINT, InputError, InterruptedRunError, run_command
-from utils.publishing import load_model
+from utils.publishing import load_model_on
 
 if TYPE_CHECKING:
     from utils.demo.desk import Model
@@ -134,14 +133,11 @@ def load_models(names: Sequence[str], data_type: str | None) -> dict[str, Model]
     from utils.demo.desk import Model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = DTYPES[data_type or ("bf16" if device.type == "cuda" else "fp32")]
     models: dict[str, Model] = {}
     for name in names:
         print(f"loading {name}", flush=True)
-        pipe = load_model(name, dtype).to(device)
+        pipe = load_model_on(name, device, data_type)
         pipe.set_progress_bar_config(disable=True)
-        if device.type == "cpu":
-            use_plain_attention(pipe.transformer)
         description = describe(name, pipe)
         print(f"  {description}", flush=True)
         label = Path(name).resolve().name if Path(name).is_dir() else name

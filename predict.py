@@ -23,13 +23,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from dataset.pictures import as_rgb
-from models.attention import use_plain_attention
 from models.base import DTYPES
 from models.pipeline import VIEWS, Segmentation, TransparencySegmentationPipeline
 from utils.errors import FULL_OR_FORBIDDEN, CommandError, InputError, InterruptedRunError, first_line, run_command
-from utils.prediction_inputs import Source, find_sources
+from utils.prediction_inputs import Source, find_files, name_files
 from utils.prediction_record import PredictionRecord
-from utils.publishing import load_model
+from utils.publishing import load_model_on, usual_data_type
 from utils.rendering import coco, contours, cut_out, overlay
 from utils.seeding import Stream, torch_generator
 from utils.signals import StopRequests
@@ -330,24 +329,21 @@ def main() -> None:
         raise InputError(
             "runs/quickstart: no such model; make one with `make quickstart`, or name another with --model"
         )
-    find_sources(arguments.inputs, arguments.list, arguments.recursive, arguments.output, {})  # before anything heavy
+    found = find_files(arguments.inputs, arguments.list, arguments.recursive, arguments.output)  # before anything heavy
     device = usable_device(arguments.device)
-    data_type = arguments.data_type or ("bf16" if device.type == "cuda" else "fp32")
-    pipeline = load_model(arguments.model, DTYPES[data_type])
+    data_type = arguments.data_type or usual_data_type(device)
+    pipeline = load_model_on(arguments.model, device, data_type)
     try:
         pipeline.check_call(settings["resolution"], arguments.batch_size, settings["tta"], settings["tile_size"])
     except ValueError as error:
         raise InputError(f"{error}") from error
-    pipeline.to(device)
-    if device.type == "cpu":
-        use_plain_attention(pipeline.transformer)
     for name in ("threshold", "tta", "denoise_steps", "ensemble_size"):
         settings[name] = pipeline.config[name] if settings[name] is None else settings[name]
     if "uncertainty" in kinds and settings["tta"] == "none" and not pipeline.objective.stochastic:
         raise InputError("--save uncertainty: a deterministic model's single view tells none; add --tta flip")
     stored = {**settings, "save": sorted(kinds), "data_type": data_type, "model": fingerprint(pipeline)}
     record = PredictionRecord(arguments.output, stored, arguments.overwrite)
-    sources = find_sources(arguments.inputs, arguments.list, arguments.recursive, arguments.output, record.names)
+    sources = name_files(found, record.names)
     left = [source for source in sources if not record.is_done(source)]
     print(f"{arguments.model}: {pipeline.config.objective}, threshold {settings['threshold']:.3g}, on {device}")
     before = f", {len(sources) - len(left)} done before" if len(left) < len(sources) else ""

@@ -21,14 +21,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from models.attention import use_plain_attention
 from models.pipeline import TransparencySegmentationPipeline
 from predict import Predictor
 from utils.errors import run_command
-from utils.prediction_inputs import Source, find_sources
+from utils.prediction_inputs import Source, find_files, name_files
 from utils.prediction_record import PredictionRecord
 from utils.provenance import machine
-from utils.publishing import load_model
+from utils.publishing import load_model_on
 
 SIZES = ((640, 480), (480, 640), (1024, 768), (1600, 1200), (300, 300))
 ENDINGS = ("jpg", "png", "webp", "bmp", "tif")
@@ -99,14 +98,13 @@ def main() -> None:
     parser.add_argument("--save", default="mask", help="as predict.py takes it [mask]")
     parser.add_argument("--out", type=Path, help="JSON to write")
     arguments = parser.parse_args()
-    pipeline = load_model(arguments.model)
-    use_plain_attention(pipeline.transformer)
+    pipeline = load_model_on(arguments.model, torch.device("cpu"))
     seconds: dict[str, list[float]] = {"bare": [], "predict": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "in").mkdir()
         write_folder(folder / "in", arguments.count, arguments.broken)
-        sources = find_sources([str(folder / "in")], (), False, folder / "out", {})
+        sources = name_files(find_files([str(folder / "in")], (), False, folder / "out"), {})
         kinds = tuple(arguments.save.split(","))
         _, _, failed = time_predictor(pipeline, sources, arguments.batch_size, kinds, folder / "warm-up")
         readable = [source for source in sources if source not in failed]

@@ -406,11 +406,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         threshold = self.config.threshold if threshold is None else threshold
         steps = self.config.denoise_steps if denoise_steps is None else denoise_steps
         members = self.config.ensemble_size if ensemble_size is None else ensemble_size
-        tta = self.config.tta if tta is None else tta
-        if tta not in VIEWS:
-            raise ValueError(f"unknown tta {tta!r}; valid: {', '.join(VIEWS)}")
-        if tile_size is not None and (tile_size < side or tile_size % side):
-            raise ValueError(f"tile_size {tile_size} must be a multiple of {side}")
+        tta = self._check_views(tta, tile_size)
         if not 0 <= threshold <= 1 or min(steps, members, batch_size) < 1:
             raise ValueError(
                 f"threshold {threshold} must lie in [0, 1], denoise_steps {steps}, ensemble_size {members} and batch_size "
@@ -492,13 +488,9 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
             ValueError: naming the first that does not fit.
         """
         side = DOWNSCALE * self.transformer.config.patch_size
-        tta = self.config.tta if tta is None else tta
-        if tta not in VIEWS:
-            raise ValueError(f"unknown tta {tta!r}; valid: {', '.join(VIEWS)}")
+        tta = self._check_views(tta, tile_size)
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} must be at least 1")
-        if tile_size is not None and (tile_size < side or tile_size % side):
-            raise ValueError(f"tile_size {tile_size} must be a multiple of {side}")
         if isinstance(resolution, int) and (resolution < side or resolution % side):
             raise ValueError(f"resolution {resolution} must be a multiple of {side}")
         largest = side * self.transformer.config.pos_embed_max_size
@@ -511,6 +503,16 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
                 f"a side of {wanted} pixels (resolution, views and tile_size together) is more than the {largest} that this base "
                 "takes; give a smaller tile_size"
             )
+
+    def _check_views(self, tta: str | None, tile_size: int | None) -> str:
+        """Returns the key of `VIEWS` that a call means, after a look at it and at the side of the tiles."""
+        side = DOWNSCALE * self.transformer.config.patch_size
+        tta = self.config.tta if tta is None else tta
+        if tta not in VIEWS:
+            raise ValueError(f"unknown tta {tta!r}; valid: {', '.join(VIEWS)}")
+        if tile_size is not None and (tile_size < side or tile_size % side):
+            raise ValueError(f"tile_size {tile_size} must be a multiple of {side}")
+        return tta
 
     def _prediction_size(self, picture: NDArray[np.uint8], resolution: int | Literal["own"] | None) -> tuple[int, int]:
         """Returns the height and width at which a picture is predicted."""

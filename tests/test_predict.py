@@ -20,7 +20,7 @@ from tests.conftest import ROOT, environment
 from tests.test_checkpoints import write_run
 from tests.test_pipeline import make_pipeline
 from utils.errors import CommandError, InputError, InterruptedRunError
-from utils.prediction_inputs import Source, find_sources
+from utils.prediction_inputs import Source, find_files, name_files
 from utils.prediction_record import PredictionRecord
 from utils.publishing import load_model
 
@@ -113,7 +113,7 @@ def test_every_kind_is_written_as_it_says(tmp_path: Path) -> None:
     cut = np.array(Image.open(tmp_path / "out" / "a_cutout.png"))
     assert np.array_equal(cut[..., 3], expected["mask"])
     assert Image.open(tmp_path / "out" / "a_overlay.png").size == (30, 20)
-    details = predictor.record.details(source)
+    (details,) = predictor.record.finished()
     assert (details["width"], details["height"]) == (30, 20)
     assert details["share"] == pytest.approx(found.masks[0].mean(), abs=1e-4)
     assert sum(each["area"] for each in details["contours"]) == found.masks[0].sum()
@@ -129,7 +129,7 @@ def test_a_deterministic_model_has_no_uncertainty_to_write(tmp_path: Path) -> No
 def test_a_diffusion_models_noise_is_its_pictures_own(batch_size: int, tmp_path: Path) -> None:
     write_photos(tmp_path / "in")
     pipeline = make_pipeline("diffusion")
-    sources = find_sources([str(tmp_path / "in")], (), True, tmp_path / "out", {})
+    sources = name_files(find_files([str(tmp_path / "in")], (), True, tmp_path / "out"), {})
     predictor_into(tmp_path / "together", pipeline, ("soft",), batch_size).predict(sources)
     (alone,) = [source for source in sources if source.name == "grey"]
     predictor_into(tmp_path / "alone", pipeline, ("soft",)).predict([alone])
@@ -177,7 +177,7 @@ def test_videos_are_predicted_too_and_broken_ones_told(tmp_path: Path) -> None:
     assert len(read_video(tmp_path / "out" / "film_mask.mp4")[0]) == 3
     assert (tmp_path / "out" / "film_overlay.mp4").is_file()
     assert [source.name for source in predictor.failures] == ["text"]
-    assert predictor.record.details(sources[0])["frames"] == 3
+    assert [entry["frames"] for entry in predictor.record.finished()] == [3]
 
 
 def test_a_name_that_the_disk_refuses_is_that_files_failure(tmp_path: Path) -> None:

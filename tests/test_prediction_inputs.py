@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from utils.errors import InputError
-from utils.prediction_inputs import Source, find_sources
+from utils.prediction_inputs import Source, find_files, name_files
 from utils.prediction_record import PredictionRecord
 
 
@@ -23,7 +23,7 @@ def names_of(sources: list[Source]) -> list[str]:
 
 
 def find(folder: Path, *inputs: str, recursive: bool = False, lists: tuple[Path, ...] = ()) -> list[Source]:
-    return find_sources([str(folder / entry) for entry in inputs], lists, recursive, folder / "out", {})
+    return name_files(find_files([str(folder / entry) for entry in inputs], lists, recursive, folder / "out"), {})
 
 
 def test_a_folders_pictures_and_videos_are_found_sorted_without_hidden_ones(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_names_of_earlier_runs_are_kept(tmp_path: Path) -> None:
     touch(tmp_path, "one/a.png", "two/a.png")
     second = str(tmp_path / "two" / "a.png")
     named = {second: "a"}
-    found = find_sources([str(tmp_path / "one" / "a.png"), second], (), False, tmp_path / "out", named)
+    found = name_files(find_files([str(tmp_path / "one" / "a.png"), second], (), False, tmp_path / "out"), named)
     assert names_of(found) == ["a_png", "a"]
 
 
@@ -100,7 +100,7 @@ def test_a_record_knows_what_is_done_until_the_file_or_its_outputs_change(tmp_pa
     release(record)
     again = predicted(tmp_path)
     assert again.is_done(first)
-    assert again.details(first)["share"] == 0.5
+    assert [entry["share"] for entry in again.finished()] == [0.5]
     assert not again.is_done(second)
     again.start(second, ["b_mask.png"])  # what a kill left is this list's own
     (tmp_path / "a.png").write_text("other")

@@ -36,20 +36,16 @@ class Source:
         return self.path.suffix.lower() in video.ENDINGS
 
 
-def find_sources(
-    inputs: Sequence[str], lists: Sequence[Path], recursive: bool, output: Path, named: Mapping[str, str]
-) -> list[Source]:
-    """Returns the files that inputs name, each once, with names that differ in more than their case.
+def find_files(inputs: Sequence[str], lists: Sequence[Path], recursive: bool, output: Path) -> list[tuple[Path, str]]:
+    """Returns the files that inputs name, each once, with the name that its place gives it.
 
-    A folder's pictures keep their place below it; a file's output is named after the file. Where two would have one name, the
-    later takes its ending into it, then a number.
+    A folder's pictures keep their place below it; another file is named after itself.
 
     Args:
         inputs: files, folders and patterns (`photos/**/*.jpg`).
         lists: files with one input a line.
         recursive: whether folders are searched to the bottom.
         output: folder whose files are no inputs.
-        named: names that earlier runs gave, by key.
 
     Raises:
         InputError: naming an input that is nothing, or an empty folder.
@@ -65,9 +61,21 @@ def find_sources(
             raise InputError(f"{entry}: cannot be read ({error.strerror})") from error
         for path, name in expanded:
             found.setdefault(os.path.realpath(path), (path, name))
+    return list(found.values())
+
+
+def name_files(found: Sequence[tuple[Path, str]], named: Mapping[str, str]) -> list[Source]:
+    """Returns files with names that differ in more than their case.
+
+    Where two would have one name, the later takes its ending into it, then a number.
+
+    Args:
+        found: of `find_files`.
+        named: names that earlier runs gave, by key.
+    """
     taken = {name.lower() for name in named.values()}
     sources = []
-    for path, name in found.values():
+    for path, name in found:
         given = named.get(Source(path, name).key) or _free_name(name, path.suffix, taken)
         taken.add(given.lower())
         sources.append(Source(path, given))

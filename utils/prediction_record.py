@@ -131,10 +131,6 @@ class PredictionRecord:
         """Adds a file that could not be predicted; a later run tries again."""
         self._append({"input": source.key, "name": source.name, "error": reason})
 
-    def details(self, source: Source) -> dict[str, Any]:
-        """Returns what `finish` kept of a file, nothing if it is not done."""
-        return self._done.get(source.key, {})
-
     def finished(self) -> list[dict[str, Any]]:
         """Returns what `finish` kept of all files, of earlier runs too, in the order of their names."""
         return sorted(self._done.values(), key=lambda entry: str(entry["name"]))

@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 
+from models.attention import use_plain_attention
 from models.base import DTYPES
 from models.card import STABILITY_LICENCE, UNKNOWN_LICENCE
 from models.pipeline import INDEX_FILE_NAME, TransparencySegmentationPipeline
@@ -46,6 +47,25 @@ def load_model(model: str, dtype: torch.dtype = torch.float32) -> TransparencySe
     if folder.is_dir() and not (folder / INDEX_FILE_NAME).is_file():
         return load_pipeline(_checkpoint_of(folder), dtype)
     return TransparencySegmentationPipeline.from_pretrained(model, torch_dtype=dtype)
+
+
+def load_model_on(model: str, device: torch.device, data_type: str | None = None) -> TransparencySegmentationPipeline:
+    """Loads a model as `load_model` does, onto the device that will compute.
+
+    Args:
+        model: see `load_model`.
+        device: to compute on.
+        data_type: key of `DTYPES`; None: `usual_data_type`.
+    """
+    pipeline = load_model(model, DTYPES[data_type or usual_data_type(device)]).to(device)
+    if device.type == "cpu":
+        use_plain_attention(pipeline.transformer)
+    return pipeline
+
+
+def usual_data_type(device: torch.device) -> str:
+    """Returns the precision that a model is used in where nobody names one."""
+    return "bf16" if device.type == "cuda" else "fp32"
 
 
 def describe_training(checkpoint: Path) -> dict[str, Any]:
