@@ -176,7 +176,7 @@ def load_prompt(base_model_path: str, prompt_embeds_path: str | None = None) -> 
         raise InputError(
             f"{error}; the empty prompt is computed from these, or read from prompt_embeds_path"
         ) from error
-    cached = _prompt_cache_path(folder)
+    cached = prompt_cache_path(folder)
     if cached.is_file():
         return EmptyPrompt.from_file(cached)
     prompt = compute_empty_prompt(folder)
@@ -292,7 +292,7 @@ def widen_patch_projection(transformer: SD3Transformer2DModel, in_channels: int)
     return transformer
 
 
-def _prompt_cache_path(folder: Path) -> Path:
+def prompt_cache_path(folder: Path) -> Path:
     """Returns where a base's computed prompt is cached, by its encoders' configurations and weight file sizes."""
     files = sorted(path for part in TEXT_PARTS for path in (folder / part).glob("*") if path.is_file())
     identity = [(str(path.relative_to(folder)), path.stat().st_size) for path in files]

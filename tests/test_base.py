@@ -454,7 +454,7 @@ def test_other_encoders_in_the_same_folder_are_not_answered_from_the_cache(tmp_p
     assert '"layer_norm_eps": 1e-05' in config
     file.write_text(config.replace('"layer_norm_eps": 1e-05', '"layer_norm_eps": 1e-01'))  # a file of the same size
     changed = load_prompt(str(folder))
-    shutil.rmtree(models.base._prompt_cache_path(folder).parent)
+    shutil.rmtree(models.base.prompt_cache_path(folder).parent)
     assert torch.equal(changed.prompt_embeds, load_prompt(str(folder)).prompt_embeds)
 
 

@@ -207,7 +207,7 @@ def test_a_base_without_a_prompt_and_encoders_is_wrong(
     assert code == 2
     assert any("text_encoder" in line and "missing" in line for line in report["wrong"])
     cached = tmp_path / "cached.safetensors"
-    monkeypatch.setattr(dry_run_module, "_prompt_cache_path", lambda folder: cached)
+    monkeypatch.setattr(dry_run_module, "prompt_cache_path", lambda folder: cached)
     make_prompt().save_file(cached)
     assert run(base_model_path=bare)[0] == 0
     make_prompt().save_file(tmp_path / "prompt.safetensors")

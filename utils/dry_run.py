@@ -15,7 +15,7 @@ import torch
 from dataset.latent_cache import BYTES_PER_VALUE, bytes_per_pair
 from dataset.sampling import BatchStream
 from dataset.trans10k import Scan, layout_of, scan
-from models.base import PROMPT_FILE_NAME, TEXT_PARTS, _prompt_cache_path, check_prompt, resolve_base
+from models.base import PROMPT_FILE_NAME, TEXT_PARTS, check_prompt, prompt_cache_path, resolve_base
 from models.latents import DOWNSCALE
 from models.prompt import EmptyPrompt
 from models.trainable import contradictions, find_mask_decoder
@@ -173,7 +173,7 @@ def _find_prompt(run: DryRun, base: Outline) -> EmptyPrompt | None:
         return run.attempt(lambda: EmptyPrompt.from_file(path))
     if base.folder is None:
         return None
-    if (cached := _prompt_cache_path(base.folder)).is_file():
+    if (cached := prompt_cache_path(base.folder)).is_file():
         return run.attempt(lambda: EmptyPrompt.from_file(cached))
     run.attempt(lambda: resolve_base(str(base.folder), TEXT_PARTS))
     return None
