@@ -19,12 +19,14 @@ import torch
 from PIL import Image
 
 import demo
+from dataset.codecs import THINGS_STUFF
 from models.pipeline import Segmentation
 from tests.test_pipeline import make_pipeline
 from utils.demo import visitors as visitors_module
 from utils.demo.results import VIEW_NAMES, Result
 from utils.demo.visitors import Limits, Visitors, read_upload
 from utils.errors import InputError
+from utils.rendering import overlay
 
 LIMITS = Limits(upload_mb=1, pixels=100_000)
 SIZE = (50, 40)  # width, height of most pictures here
@@ -129,6 +131,22 @@ def test_a_result_has_the_pipelines_mask_at_every_threshold() -> None:
         found = pipeline([image], threshold=threshold)
         result = Result("a", np.array(image), found.soft[0], found.uncertainty[0], 0.0)  # type: ignore[index]
         np.testing.assert_array_equal(result.mask(threshold), found.masks[0])
+
+
+def test_a_result_has_the_pipelines_classes_at_every_threshold(tmp_path: Path) -> None:
+    desk_module = pytest.importorskip("utils.demo.desk", exc_type=ImportError)
+    pipeline = make_pipeline("end_to_end", codec="palette", palette=THINGS_STUFF.to_dict())
+    picture().save(tmp_path / "a.png")
+    desk = desk_module.Desk({"classes": desk_module.Model(pipeline, "")}, LIMITS, tmp_path)
+    result = desk.predict(str(tmp_path / "a.png"), "a.png", "classes", "none", 1, 1)
+    for threshold in (0.3, 0.5, 0.55):
+        classes = pipeline([picture()], threshold=threshold).classes[0]
+        assert len(np.unique(classes)) > 1
+        painted = overlay(np.array(picture()), classes, THINGS_STUFF, 0.25)
+        np.testing.assert_array_equal(result.render("Overlay", threshold, 0.25), painted)
+    assert set(np.unique(result.reduced(20).classes)) <= {0, 1, 2}
+    assert "rgb(255, 255, 0)" in (shown := desk_module.legend(result, "Overlay"))
+    assert ">things<" in shown
 
 
 def test_views_of_a_result() -> None:
@@ -256,6 +274,7 @@ class CountingPipe:
         self.config = SimpleNamespace(
             objective=objective, threshold=0.123456, denoise_steps=80, ensemble_size=5, tta="none", resolution=32
         )
+        self.palette = None
         self.calls: list[dict[str, Any]] = []
 
     def __call__(self, pictures: list[np.ndarray], **settings: Any) -> Segmentation:
@@ -342,7 +361,7 @@ def test_what_goes_wrong_is_a_sentence_and_the_next_picture_works(
     assert capsys.readouterr().err == ""
     with monkeypatch.context() as patch:
         for error, told in (
-            (torch.OutOfMemoryError("x"), "The memory here does not suffice for a.png"),
+            (torch.OutOfMemoryError("CUDA out of memory"), "The memory here does not suffice for a.png"),
             (MemoryError(), "The memory here does not suffice for a.png"),
             (RuntimeError("secret"), "a.png could not be predicted, through a fault of this page"),
         ):
@@ -360,7 +379,7 @@ def test_what_goes_wrong_is_a_sentence_and_the_next_picture_works(
 
 def test_settings_stay_within_bounds_and_follow_the_model(case: DeskCase) -> None:
     case.segment("a", "a.png", steps=10**9, members=None, tta="flip")
-    assert case.pipe.calls == [{"tta": "flip", "denoise_steps": 50, "ensemble_size": 1}]
+    assert case.pipe.calls == [{"threshold": 0.0, "tta": "flip", "denoise_steps": 50, "ensemble_size": 1}]
     told, tta, sampling, *numbers = case.desk.choose("two")
     assert told == "Model: `two`, another."
     assert (tta, sampling["visible"], numbers) == ("none", True, [50, 5, 0.123, 0.123])

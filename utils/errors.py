@@ -64,6 +64,14 @@ def first_line(error: Exception, limit: int = 200) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:limit]
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Returns whether an error tells that the machine's memory, or a card's, does not suffice.
+
+    PyTorch has an error of its own for a card and none for the machine; what both say is the same.
+    """
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error).lower())
+
+
 def keep_until_exit(value: Kept) -> Kept:
     """Returns a value that outlives the command's `main`.
 

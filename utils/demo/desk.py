@@ -15,12 +15,11 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
-import torch
 
 from models.pipeline import TransparencySegmentationPipeline
 from utils.demo.results import Result, encode, in_colours, stem_of
 from utils.demo.visitors import Limits, Visitor, Visitors, read_upload
-from utils.errors import InputError
+from utils.errors import InputError, is_out_of_memory
 
 MAX_FILES = 20  # of a batch, which holds the model until its end
 MAX_STEPS, MAX_MEMBERS = 50, 10
@@ -79,9 +78,12 @@ class Desk:
         picture = read_upload(path, name, self.limits)
         start = time.monotonic()
         steps, members = int(within(steps, 1, MAX_STEPS)), int(within(members, 1, MAX_MEMBERS))
-        found = self.models[model].pipe([picture], tta=tta, denoise_steps=steps, ensemble_size=members)
+        pipe = self.models[model].pipe
+        # At threshold 0 each pixel has its class, whatever the visitor's threshold will be.
+        found = pipe([picture], threshold=0.0, tta=tta, denoise_steps=steps, ensemble_size=members)
         uncertainty = None if found.uncertainty is None else found.uncertainty[0]
-        return Result(name, picture, found.soft[0], uncertainty, time.monotonic() - start)
+        classes = found.classes[0] if pipe.palette else None
+        return Result(name, picture, found.soft[0], uncertainty, time.monotonic() - start, classes, pipe.palette)
 
     def segment(
         self, upload: dict[str, Any] | None, model: str, tta: str, steps: float, members: float, view: str, threshold: float,
@@ -207,7 +209,7 @@ def explain(error: Exception, name: str) -> str:
     if isinstance(error, InputError):
         return str(error)
     traceback.print_exception(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return f"The memory here does not suffice for {name}; try a smaller picture, or fewer samples."
     return f"{name} could not be predicted, through a fault of this page; whoever runs it finds the reason in its terminal."
 
@@ -224,6 +226,12 @@ def bad(sentence: str) -> str:
 
 def legend(result: Result, view: str) -> str:
     """Returns what the colours of a view mean."""
+    if view == "Overlay" and result.palette is not None:
+        swatches = (
+            f'<span class="swatch" style="background: rgb{colour}"></span>{html.escape(class_name)}'
+            for class_name, colour in zip(result.palette.names[1:], result.palette.colours[1:], strict=True)
+        )
+        return f'<div class="classes"><span>{"</span><span>".join(swatches)}</span></div>'
     if view != "Uncertainty":
         return LEGENDS[view]
     if result.uncertainty is None:

@@ -42,6 +42,8 @@ CSS = """
 .bad { background: #b3261e; color: #fff; }
 .bar { height: 12px; border-radius: 3px; margin-top: 6px; }
 .ends { display: flex; justify-content: space-between; font-size: .85em; font-variant-numeric: tabular-nums; }
+.classes { display: flex; flex-wrap: wrap; gap: 2px 14px; }
+.swatch { display: inline-block; width: .8em; height: .8em; margin-right: 5px; border: 1px solid #888; }
 .prose table.rows { width: 100%; border: 0; border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .prose table.rows tr { border: 0; }
 .prose table.rows td { border: 0; border-bottom: 1px solid var(--border-color-primary); padding: 6px 12px 6px 0; overflow-wrap: anywhere; }

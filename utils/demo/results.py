@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from dataset.codecs import Palette
 from utils.rendering import cut_out, overlay
 
 VIEW_NAMES = ("Overlay", "Mask", "Soft", "Uncertainty", "Cut-out")
@@ -31,6 +32,8 @@ class Result:
         soft: (H, W), float32 in [0, 1].
         uncertainty: (H, W), float32 in [0, 0.5], or None where there was one answer only.
         seconds: that the prediction took.
+        classes: (H, W), uint8, the class of each pixel wherever `soft` is not 0, of a model that tells them apart.
+        palette: of the classes.
     """
 
     name: str
@@ -38,6 +41,8 @@ class Result:
     soft: NDArray[np.float32]
     uncertainty: NDArray[np.float32] | None
     seconds: float
+    classes: NDArray[np.uint8] | None = None
+    palette: Palette | None = None
 
     def mask(self, threshold: float) -> NDArray[np.uint8]:
         """Returns (H, W), uint8, 1 where `soft` exceeds the threshold, as the pipeline does."""
@@ -56,11 +61,13 @@ class Result:
             return self
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
 
-        def shrink(values: NDArray[Any]) -> NDArray[Any]:
-            return np.asarray(cv2.resize(values, size, interpolation=cv2.INTER_AREA))
+        def shrink(values: NDArray[Any], interpolation: int = cv2.INTER_AREA) -> NDArray[Any]:
+            return np.asarray(cv2.resize(values, size, interpolation=interpolation))
 
         uncertainty = None if self.uncertainty is None else shrink(self.uncertainty)
-        return replace(self, picture=shrink(self.picture), soft=shrink(self.soft), uncertainty=uncertainty)
+        classes = None if self.classes is None else shrink(self.classes, cv2.INTER_NEAREST)
+        picture, soft = shrink(self.picture), shrink(self.soft)
+        return replace(self, picture=picture, soft=soft, uncertainty=uncertainty, classes=classes)
 
     def render(self, view: str, threshold: float, opacity: float) -> NDArray[np.uint8]:
         """Returns a view, RGB (H, W, 3) or grey (H, W), uint8; the picture itself where there is no uncertainty to show.
@@ -79,7 +86,7 @@ class Result:
             return mask * np.uint8(255)
         if view == "Cut-out":
             return on_checkers(cut_out(self.picture, mask))
-        return overlay(self.picture, mask, opacity=opacity)
+        return overlay(self.picture, mask if self.classes is None else mask * self.classes, self.palette, opacity)
 
     def download(self, kind: str, threshold: float, opacity: float) -> tuple[str, bytes]:
         """Returns the name and content of a PNG in the picture's own size.

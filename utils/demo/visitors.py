@@ -69,7 +69,8 @@ class Visitor:
     @property
     def num_bytes(self) -> int:
         """Memory that the result takes."""
-        return 0 if self.result is None else self.result.picture.nbytes + self.result.soft.nbytes
+        kept = () if self.result is None else (self.result.picture, self.result.soft, self.result.classes)
+        return sum(values.nbytes for values in kept if values is not None)
 
     def keep(self, result: Result | None) -> None:
         """Puts a result, or none, in the place of the last."""
