@@ -25,7 +25,15 @@ from tqdm import tqdm
 from dataset.pictures import as_rgb
 from models.base import DTYPES
 from models.pipeline import VIEWS, Segmentation, TransparencySegmentationPipeline
-from utils.errors import FULL_OR_FORBIDDEN, CommandError, InputError, InterruptedRunError, first_line, run_command
+from utils.errors import (
+    FULL_OR_FORBIDDEN,
+    CommandError,
+    InputError,
+    InterruptedRunError,
+    first_line,
+    is_out_of_memory,
+    run_command,
+)
 from utils.prediction_inputs import Source, find_files, name_files
 from utils.prediction_record import PredictionRecord
 from utils.publishing import load_model_on, usual_data_type
@@ -95,17 +103,16 @@ class Predictor:
 
     def _read(self, sources: Sequence[Source]) -> Iterator[list[tuple[Source, NDArray[np.uint8]]]]:
         """Yields batches of readable pictures, the next one read while one is predicted."""
+        batches = [sources[start : start + self.batch_size] for start in range(0, len(sources), self.batch_size)]
         with ThreadPoolExecutor(2) as readers:
-            ahead: deque[list[tuple[Source, Future[NDArray[np.uint8]]]]] = deque()
-            batches = [sources[start : start + self.batch_size] for start in range(0, len(sources), self.batch_size)]
-            for batch in batches[:1]:
-                ahead.append([(source, readers.submit(as_rgb, source.path)) for source in batch])
-            for number in range(len(batches)):
+            ahead: list[tuple[Source, Future[NDArray[np.uint8]]]] = []
+            for following in [*batches, []]:
+                due, ahead = ahead, [(source, readers.submit(as_rgb, source.path)) for source in following]
+                if not due:
+                    continue
                 self._leave_if_asked()
-                if number + 1 < len(batches):
-                    ahead.append([(source, readers.submit(as_rgb, source.path)) for source in batches[number + 1]])
                 readable = []
-                for source, future in ahead.popleft():
+                for source, future in due:
                     try:
                         picture = future.result()
                         self.record.start(source, self._file_names(source), self._inputs)
@@ -123,7 +130,7 @@ class Predictor:
         try:
             found = self._segment([picture for _, picture in batch], [source.name for source, _ in batch])
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if len(batch) == 1:
                 self._fail(batch[0][0], "out of memory; lower --resolution or --tile_size")
@@ -201,7 +208,7 @@ class Predictor:
         except InputError as error:
             self._fail(source, str(error))
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             self._fail(source, "out of memory; lower --batch_size, --resolution or --tile_size")
         except OSError as error:
@@ -237,10 +244,6 @@ def printable(text: str) -> str:
     return "".join(
         each if each.isprintable() else each.encode("unicode_escape", "surrogatepass").decode() for each in text
     )
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "memory" in str(error).lower()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -329,7 +332,9 @@ def main() -> None:
         raise InputError(
             "runs/quickstart: no such model; make one with `make quickstart`, or name another with --model"
         )
-    found = find_files(arguments.inputs, arguments.list, arguments.recursive, arguments.output)  # before anything heavy
+    found = find_files(
+        arguments.inputs, arguments.list, arguments.recursive, arguments.output, print
+    )  # before anything heavy
     device = usable_device(arguments.device)
     data_type = arguments.data_type or usual_data_type(device)
     pipeline = load_model_on(arguments.model, device, data_type)

@@ -529,11 +529,11 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         """Adds what was predicted of picture `number` to `found`, resized to (height, width)."""
         one = slice(number, number + 1)
         soft = resized(output.soft[one, None], size)[0]  # (1, H, W)
-        mask = self.codec.quantise(soft, self.config.threshold if threshold is None else threshold)
         if not soft.isfinite().all():
             raise CommandError(
                 "the prediction is not finite; compute in another precision (bf16 or fp32), or look whether the training diverged"
             )
+        mask = self.codec.quantise(soft, self.config.threshold if threshold is None else threshold)
         found.soft.append(soft[0].numpy())
         found.masks.append(mask[0].numpy())
         if self.palette is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,40 @@ def test_a_folders_pictures_and_videos_are_found_sorted_without_hidden_ones(tmp_
     found = find(tmp_path, ".", recursive=True)
     assert names_of(found) == ["a", "b", "deep/c", "film"]
     assert [source.is_video for source in found] == [False, False, False, True]
+
+
+def test_what_a_folder_holds_beside_pictures_is_told(tmp_path: Path) -> None:
+    touch(tmp_path, "in/a.png", "in/b.HEIC", "in/c.heic", "in/README", "in/.hidden.txt", "in/deep/d.txt", "other/e.png")
+    (tmp_path / "in" / "gone.png").symlink_to(tmp_path / "nothing.png")
+    os.mkfifo(tmp_path / "in" / "pipe.png")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "other")
+    told: list[str] = []
+    for recursive in (False, True):
+        found = find_files([str(tmp_path / "in")], (), recursive, tmp_path / "out", told.append)
+        assert [path.name for path, _ in found] == ["a.png"]
+    kinds = "2 .heic, {}2 broken links or special files, {}1 without ending"
+    said = f"{tmp_path / 'in'}: left out what is no picture or video: "
+    assert told == [said + kinds.format("", ""), said + kinds.format("1 .txt, ", "1 linked folders, ")]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "a.png", "secret/b.png")
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if Path(path).name == "secret":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # whoever runs the tests may be allowed to read all
+    with pytest.raises(InputError, match=r"secret: cannot be read \(Permission denied\)"):
+        find(tmp_path, ".", recursive=True)
+    assert names_of(find(tmp_path, ".")) == ["a"]
+
+
+def test_earlier_predictions_are_no_inputs_of_a_pattern(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "out/a_mask.png", "out/deep/b_mask.png")
+    assert names_of(find(tmp_path, "**/*.png")) == ["a"]
 
 
 def test_names_never_collide_not_even_in_their_case(tmp_path: Path) -> None:

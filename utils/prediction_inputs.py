@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,13 @@ class Source:
         return self.path.suffix.lower() in video.ENDINGS
 
 
-def find_files(inputs: Sequence[str], lists: Sequence[Path], recursive: bool, output: Path) -> list[tuple[Path, str]]:
+def find_files(
+    inputs: Sequence[str],
+    lists: Sequence[Path],
+    recursive: bool,
+    output: Path,
+    tell: Callable[[str], None] = lambda text: None,
+) -> list[tuple[Path, str]]:
     """Returns the files that inputs name, each once, with the name that its place gives it.
 
     A folder's pictures keep their place below it; another file is named after itself.
@@ -46,9 +53,10 @@ def find_files(inputs: Sequence[str], lists: Sequence[Path], recursive: bool, ou
         lists: files with one input a line.
         recursive: whether folders are searched to the bottom.
         output: folder whose files are no inputs.
+        tell: gets a sentence for each folder where something was left out.
 
     Raises:
-        InputError: naming an input that is nothing, or an empty folder.
+        InputError: naming an input that is nothing, or a folder that is empty or cannot be read.
     """
     wanted = [*inputs, *(line for path in lists for line in _read_list(path))]
     if not wanted:
@@ -56,9 +64,9 @@ def find_files(inputs: Sequence[str], lists: Sequence[Path], recursive: bool, ou
     found: dict[str, tuple[Path, str]] = {}
     for entry in wanted:
         try:
-            expanded = _expand(entry, recursive, output)
+            expanded = _expand(entry, recursive, output, tell)
         except OSError as error:
-            raise InputError(f"{entry}: cannot be read ({error.strerror})") from error
+            raise InputError(f"{error.filename or entry}: cannot be read ({error.strerror})") from error
         for path, name in expanded:
             found.setdefault(os.path.realpath(path), (path, name))
     return list(found.values())
@@ -82,15 +90,15 @@ def name_files(found: Sequence[tuple[Path, str]], named: Mapping[str, str]) -> l
     return sources
 
 
-def _expand(entry: str, recursive: bool, output: Path) -> Iterable[tuple[Path, str]]:
+def _expand(entry: str, recursive: bool, output: Path, tell: Callable[[str], None]) -> Iterable[tuple[Path, str]]:
     path = Path(entry).expanduser()
     if path.is_dir():
         if path.resolve() == output.resolve():
             raise InputError(f"--output {output}: holds the inputs; name a folder of its own for the predictions")
-        own = output.resolve().is_relative_to(path.resolve())  # earlier predictions below the inputs
-        files = [
-            each for each in _files_of(path, recursive) if not (own and each.resolve().is_relative_to(output.resolve()))
-        ]
+        files, left_out = _files_of(path, recursive, output.resolve())
+        if left_out:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
+            tell(f"{entry}: left out what is no picture or video: {kinds}")
         if not files:
             deeper = "" if recursive else "; --recursive looks into the folders below"
             raise InputError(f"{entry}: holds no pictures or videos{deeper}")
@@ -98,18 +106,44 @@ def _expand(entry: str, recursive: bool, output: Path) -> Iterable[tuple[Path, s
     if path.is_file():
         return [(path, path.stem)]
     matches = sorted(glob.iglob(str(path), recursive=True)) if glob.has_magic(entry) else []  # noqa: PTH207  absolute ones too
-    files = [Path(match) for match in matches if Path(match).is_file()]
+    own = output.resolve()
+    files = [path for match in matches if (path := Path(match)).is_file() and own not in path.resolve().parents]
     if not files:
         what = "no file matches this pattern" if glob.has_magic(entry) else "no such file or folder"
         raise InputError(f"{entry}: {what}")
     return [(each, each.stem) for each in files]
 
 
-def _files_of(folder: Path, recursive: bool) -> list[Path]:
-    """Returns the pictures and videos of a folder, by their endings, sorted; hidden ones are left out."""
-    found = folder.rglob("*") if recursive else folder.iterdir()
-    shown = (path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
-    return sorted(path for path in shown if path.suffix.lower() in ENDINGS | video.ENDINGS and path.is_file())
+def _files_of(folder: Path, recursive: bool, output: Path) -> tuple[list[Path], Counter[str]]:
+    """Returns the pictures and videos of a folder, sorted, and the endings of what else lies there; hidden ones are passed over.
+
+    Args:
+        folder: to look into.
+        recursive: whether to look below; links to folders are not followed.
+        output: resolved; earlier predictions below the inputs are none.
+
+    Raises:
+        OSError: naming a folder that cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found: list[Path] = []
+    left_out: Counter[str] = Counter()
+    for place, folders, names in os.walk(folder, onerror=fail):
+        shown = [Path(place) / name for name in (*folders, *names) if not name.startswith(".")]
+        folders[:] = [path.name for path in shown if recursive and path.is_dir() and path.resolve() != output]
+        for path in shown:
+            if path.is_dir():
+                left_out["linked folders"] += recursive and path.is_symlink()
+            elif path.suffix.lower() not in ENDINGS | video.ENDINGS:
+                left_out[path.suffix.lower() or "without ending"] += 1
+            elif path.is_file():
+                found.append(path)
+            else:
+                left_out["broken links or special files"] += 1
+    return sorted(found), +left_out
 
 
 def _free_name(name: str, suffix: str, taken: set[str]) -> str:
