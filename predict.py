@@ -48,6 +48,7 @@ CONTOURS_FILE_NAME = "contours.json"
 DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
 MAX_PENDING_WRITES = 8
 SHOWN_FAILURES = 20
+MAX_DIGITS = 6  # of a resolution
 
 
 class Predictor:
@@ -256,7 +257,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", default="runs/quickstart", help="run, checkpoint, exported folder or hub id [runs/quickstart]"
     )
-    parser.add_argument("--output", type=Path, default=Path("predictions"), help="folder to write [predictions]")
+    parser.add_argument("--output", default="predictions", help="folder to write [predictions]")
     parser.add_argument("--recursive", action="store_true", help="look into the folders below too")
     parser.add_argument(
         "--save",
@@ -292,6 +293,9 @@ def check_arguments(arguments: argparse.Namespace) -> tuple[list[str], dict[str,
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         raise InputError(f"--save {arguments.save}: expected some of {', '.join(KINDS)}, with commas")
+    for name in ("model", "output"):
+        if not getattr(arguments, name):
+            raise InputError(f"--{name}: is empty")
     if arguments.threshold is not None and not 0 <= arguments.threshold <= 1:
         raise InputError(f"--threshold {arguments.threshold}: must lie between 0 and 1")
     for name in ("tile_size", "denoise_steps", "ensemble_size", "batch_size"):
@@ -300,7 +304,7 @@ def check_arguments(arguments: argparse.Namespace) -> tuple[list[str], dict[str,
             raise InputError(f"--{name} {value}: must be at least 1")
     resolution = arguments.resolution
     if resolution not in (None, "own"):
-        if not resolution.isdecimal() or int(resolution) < 1:
+        if not resolution.isdecimal() or len(resolution) > MAX_DIGITS or int(resolution) < 1:
             raise InputError(f"--resolution {resolution}: expected a number of pixels, or own")
         resolution = int(resolution)
     names = ("threshold", "tile_size", "tta", "denoise_steps", "ensemble_size")
@@ -327,14 +331,13 @@ def main() -> None:
     """Command line of the prediction."""
     arguments = build_parser().parse_args()
     kinds, settings = check_arguments(arguments)
-    stop = StopRequests()
     if not Path(arguments.model).expanduser().exists() and arguments.model == "runs/quickstart":
         raise InputError(
             "runs/quickstart: no such model; make one with `make quickstart`, or name another with --model"
         )
-    found = find_files(
-        arguments.inputs, arguments.list, arguments.recursive, arguments.output, print
-    )  # before anything heavy
+    output = Path(arguments.output)
+    found = find_files(arguments.inputs, arguments.list, arguments.recursive, output, print)  # before anything heavy
+    stop = StopRequests()  # a list may be a pipe, and reading it must end at once
     device = usable_device(arguments.device)
     data_type = arguments.data_type or usual_data_type(device)
     pipeline = load_model_on(arguments.model, device, data_type)
@@ -347,12 +350,12 @@ def main() -> None:
     if "uncertainty" in kinds and settings["tta"] == "none" and not pipeline.objective.stochastic:
         raise InputError("--save uncertainty: a deterministic model's single view tells none; add --tta flip")
     stored = {**settings, "save": sorted(kinds), "data_type": data_type, "model": fingerprint(pipeline)}
-    record = PredictionRecord(arguments.output, stored, arguments.overwrite)
+    record = PredictionRecord(output, stored, arguments.overwrite)
     sources = name_files(found, record.names)
     left = [source for source in sources if not record.is_done(source)]
     print(f"{arguments.model}: {pipeline.config.objective}, threshold {settings['threshold']:.3g}, on {device}")
     before = f", {len(sources) - len(left)} done before" if len(left) < len(sources) else ""
-    print(f"{len(sources)} files{before} -> {arguments.output}")
+    print(f"{len(sources)} files{before} -> {output}")
     predictor = Predictor(pipeline, record, kinds, settings, arguments.batch_size, stop)
     predictor.predict(left)
     if "contours" in kinds:

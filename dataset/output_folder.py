@@ -45,7 +45,7 @@ class OutputFolder:
             if other:
                 told = ", ".join(f"{name} {made_of.get(name)} instead of {self.origin.get(name)}" for name in other)
                 raise InputError(f"{root}: was made with {told}; name another folder")
-        elif root.is_dir() and any(path.name != f".{record_name}.part" for path in root.iterdir()):
+        elif root.is_dir() and any(path != _unfinished(self.record) for path in root.iterdir()):
             raise InputError(f"{root}: holds files that this command did not write; name another folder or remove it")
 
     def begin(self, plan: object) -> bool:
@@ -79,7 +79,7 @@ class OutputFolder:
         """Writes a file beside its place and moves it there when it is whole."""
         target = self.root / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_name(f".{target.name}.part")
+        unfinished = _unfinished(target)
         unfinished.unlink(missing_ok=True)
         write(unfinished)
         unfinished.replace(target)
@@ -91,6 +91,11 @@ class OutputFolder:
     def _write_record(self, content: Mapping[str, Any]) -> None:
         text = json.dumps({"origin": self.origin, "plan": self._plan, **content}, indent=1) + "\n"
         self.place(PurePosixPath(self.record.name), lambda path: _write_text(path, text))
+
+
+def _unfinished(target: Path) -> Path:
+    """Returns where a file lies until it is whole; a long name leaves no room for more, so that its end is left out."""
+    return target.with_name(f".{target.name[:50]}.part")
 
 
 def copy_file(source: Path, target: Path, hard_link: bool = False) -> None:

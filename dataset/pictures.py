@@ -29,6 +29,11 @@ SCALED_TO_16_BITS = (
 )  # formats whose pictures of more than 8 bits Pillow gives as 32-bit integers
 
 
+def open_picture(path: str | os.PathLike[str]) -> Image.Image:
+    """Opens a picture of any format that Pillow reads by itself, for `with`; a foreign file starts no other program."""
+    return Image.open(path, formats=FORMATS)
+
+
 def read_picture(path: str | os.PathLike[str]) -> Image.Image:
     """Reads a file as `upright_rgb` does; of an animation the first frame.
 
@@ -36,7 +41,7 @@ def read_picture(path: str | os.PathLike[str]) -> Image.Image:
         InputError: naming the file, if it cannot be read.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with open_picture(path) as image:
             return upright_rgb(image)
     except Exception as error:  # broken files raise all that a decoder may stumble over
         raise InputError(f"{path}: cannot be read as a picture ({first_line(error)}); repair or remove it") from error
@@ -49,6 +54,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         ValueError: for a picture of floats or of 32 bits, whose range nothing tells.
     """
     image.load()
+    if 0 in image.size:
+        raise ValueError(f"a side of {min(image.size)} pixels")
     try:
         upright = ImageOps.exif_transpose(image)
     except Exception:  # broken EXIF data tell no orientation

@@ -6,7 +6,7 @@ import os
 import signal
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from dataset.codecs import (
     read_trans10k_classes,
     read_trans10k_label,
 )
+from dataset.pictures import open_picture
 from dataset.transforms import augment, read_image, read_label
 from utils.errors import InputError, first_line
 from utils.seeding import Stream, numpy_generator
@@ -259,12 +260,23 @@ def prepare_worker(worker: int) -> None:
     cv2.setNumThreads(0)
 
 
+def mask_stems(stem: str, stems: Collection[str]) -> tuple[str, str]:
+    """Returns what a picture's mask may be called, the likelier first: NAME_mask, unless another picture is called that.
+
+    Args:
+        stem: of the picture's file name.
+        stems: of all pictures there.
+    """
+    longer = f"{stem}_mask"
+    return (stem, longer) if longer in stems else (longer, stem)
+
+
 def _pairs_in(folder: Path, difficulty: str, dataset_name: str, masks_folder: str) -> Iterator[Pair]:
     images = _files_by_stem(folder / "images", IMAGE_SUFFIXES, dataset_name)
     masks = _files_by_stem(folder / masks_folder, MASK_SUFFIXES, dataset_name)
     lonely_images = []
     for stem in sorted(images):
-        mask_path = masks.pop(f"{stem}_mask", None) or masks.pop(stem, None)
+        mask_path = next((masks.pop(name) for name in mask_stems(stem, images.keys()) if name in masks), None)
         if mask_path is None:
             lonely_images.append(images[stem].name)
         else:
@@ -314,7 +326,7 @@ def _check_sizes(pairs: Sequence[Pair]) -> tuple[list[Pair], list[str]]:
 
 def _size(path: Path, upright: bool) -> tuple[int, int]:
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             turned = upright and "exif" in image.info and image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
             return (image.height, image.width) if turned else (image.width, image.height)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dataset.codecs import LabelReader
-from dataset.pictures import read_picture, squash
+from dataset.pictures import open_picture, read_picture, squash
 from utils.errors import InputError, first_line
 
 FLIP_PROBABILITY = 0.5
@@ -51,7 +51,7 @@ def read_label(path: Path, reader: LabelReader, resolution: int | None = None) -
         InputError: naming the file, if it cannot be read or holds colours that `reader` refuses.
     """
     try:
-        with Image.open(path) as mask:
+        with open_picture(path) as mask:
             label = reader(mask)
     except ValueError as error:
         raise InputError(f"{path}: {first_line(error, 400)}") from error

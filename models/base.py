@@ -22,6 +22,7 @@ from utils.errors import InputError, first_line
 
 PROMPT_FILE_NAME = "empty_prompt.safetensors"
 MODEL_PARTS = ("transformer", "vae", "scheduler")
+MAX_SETTING = 100_000  # of a part, in the table that it comes with
 MASK_DECODER = "mask_decoder"  # a part that a base may have
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.txt")
@@ -90,6 +91,7 @@ def load_part(part_class: type[Part], folder: Path, part: str, dtype: torch.dtyp
         InputError: naming the subfolder, if it is missing or broken.
     """
     try:
+        _check_settings(folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json"))
         if part == "scheduler":
             return part_class.from_pretrained(folder, subfolder=part, local_files_only=True)
         _check_weight_files(folder / part)
@@ -108,8 +110,19 @@ def load_part(part_class: type[Part], folder: Path, part: str, dtype: torch.dtyp
         return loaded
     except Exception as error:  # every way in which foreign files can be broken, Diffusers has its own exception
         raise InputError(
-            f"{folder / part}: cannot be loaded as {part_class.__name__} ({first_line(error)}); weights must be safetensors"
+            f"{folder / part}: cannot be loaded as {part_class.__name__} ({first_line(error)}); weights must be safetensors, and whole"
         ) from error
+
+
+def _check_settings(path: Path) -> None:
+    """Refuses a configuration that is no table, which Diffusers would look up on the hub, or whose sizes fill any memory."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds no table of settings")
+    for name, value in content.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not abs(number) <= MAX_SETTING:
+                raise ValueError(f"{path.name}: {name} {number:.3g} is more than {MAX_SETTING:,}")
 
 
 def _check_weight_files(folder: Path) -> None:
@@ -145,7 +158,7 @@ def load_transformer(folder: Path, dtype: torch.dtype = torch.float32) -> SD3Tra
     """Loads the transformer from `folder`/transformer, folded if its configuration says so."""
     try:
         class_name = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         class_name = ""  # whatever is wrong, loading tells it better
     folded = class_name == FoldedSD3Transformer2DModel.__name__
     return load_part(FoldedSD3Transformer2DModel if folded else SD3Transformer2DModel, folder, "transformer", dtype)

@@ -28,8 +28,8 @@ class LatentCodec:
 
     def __init__(self, vae: AutoencoderKL, memory_format: torch.memory_format = torch.channels_last) -> None:
         self.vae, self.memory_format = vae, memory_format
-        self.scaling_factor: float = vae.config.scaling_factor
-        self.shift_factor: float = vae.config.shift_factor or 0.0
+        self.scaling_factor = float(vae.config.scaling_factor)
+        self.shift_factor = float(vae.config.shift_factor or 0.0)
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -214,8 +214,17 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         settings = {name: value for name, value in content.items() if name not in parts and not name.startswith("_")}
         settings = _checked(index, cls, settings | overrides)
         try:
-            return cls(transformer, vae, load_scheduler(folder), prompt, decoder, **settings)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            pipeline = cls(transformer, vae, load_scheduler(folder), prompt, decoder, **settings)
+            needed, there = (
+                pipeline.objective.in_channels_factor * transformer.out_channels,
+                transformer.config.in_channels,
+            )
+            if there != needed:
+                raise ValueError(
+                    f"objective {pipeline.config.objective} needs {needed} input channels, the transformer has {there}"
+                )
+            return pipeline
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             raise InputError(f"{index}: cannot be used ({first_line(error)})") from error
 
     def save_pretrained(self, save_directory: str | Path, max_shard_size: int | str | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -669,6 +670,68 @@ def test_two_pictures_whose_names_differ_by_case_do_not_share_a_mask(tmp_path: P
     write(root, "train", "cup")[1].rename(root / "train/masks/CUP_mask.png")
     write(root, "train", "Cup")[1].unlink()
     assert kinds(root) == {"missing": ["train/images/cup.jpg"], "name": ["train/masks/CUP_mask.png"]}
+
+
+def test_a_picture_called_mask_keeps_its_own_mask(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    for name in ("a", "a_mask"):
+        write(root, "train", name)[1].rename(root / f"train/masks/{name}.png")
+    assert kinds(root, "folder") == {}
+    pairs = scan("folder", root, "train").pairs
+    assert [(pair.image_path.stem, pair.mask_path.stem) for pair in pairs] == [("a", "a"), ("a_mask", "a_mask")]
+    for name in ("a_mask", "a"):
+        (root / f"train/masks/{name}.png").rename(root / f"train/masks/{name}_mask.png")
+    assert kinds(root, "folder") == {}
+    assert [pair.mask_path.stem for pair in scan("folder", root, "train").pairs] == ["a_mask", "a_mask_mask"]
+
+
+def test_two_pictures_to_convert_do_not_share_a_mask(tmp_path: Path) -> None:
+    root = clean(tmp_path / "data")
+    for suffix in (".bmp", ".gif"):
+        write(root, "train", "cup", suffix=suffix)
+    assert fix(root, tmp_path / "fixed") == 1
+    assert not list((tmp_path / "fixed/train/images").glob("cup*"))
+
+
+def test_a_new_name_is_nobody_elses(tmp_path: Path) -> None:
+    root = clean(tmp_path / "data")
+    for name in ("A", "a", "a_2"):
+        write(root, "train", name)
+    assert fix(root, tmp_path / "fixed") == 1
+    fixed = sorted(path.stem for path in (tmp_path / "fixed/train/images").iterdir())
+    assert fixed == ["A", "a_2", "a_3", "good0", "good1"]
+
+
+def test_what_is_no_file_or_folder_is_told(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write(root, "train", "cup")
+    os.mkfifo(root / "train/images/pipe.png")
+    (root / "train/images/loop.png").symlink_to("loop.png")
+    (root / "train/masks/folder.png").mkdir()
+    (root / "test").symlink_to("test")
+    (root / "validation").touch()
+    assert kinds(root) == {
+        "folder": ["test", "validation"],
+        "ignored": ["train/images/pipe.png", "train/masks/folder.png"],
+        "unreadable": ["train/images/loop.png"],
+    }
+
+
+@pytest.mark.parametrize("name", ["a.eps", "a.png"])
+def test_a_foreign_file_starts_no_program(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "data"
+    write(root, "train", "good")
+    write(root, "train", "a")[0].unlink()
+    (root / "train/images" / name).write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 96 72\n%%EndComments\nshowpage\n"
+    )
+
+    def start(*_: object, **__: object) -> None:
+        raise AssertionError("started")
+
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", start)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
+    assert "started" not in str(kinds(root))
 
 
 # Duplicates

@@ -181,13 +181,14 @@ def test_one_of_several_processes_does_not_wait_for_the_others() -> None:
         assert (done.returncode, done.stdout, done.stderr) == (2, output, "error: bad\n")
 
 
-def test_a_reader_that_leaves_early_is_no_error() -> None:
+def test_a_reader_that_leaves_early_ends_nothing(tmp_path: Path) -> None:
     program = (
         "import sys\n"
         "from utils.errors import run_command\n"
         "def main():\n"
         "    for _ in range(20000):\n"
         "        print('line')\n"
+        "    open('done', 'w').close()\n"
         "run_command(main)\n"
     )
     read_end, write_end = os.pipe()
@@ -200,10 +201,45 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
             text=True,
             env=environment(),
             timeout=60,
+            cwd=tmp_path,
         )
     finally:
         os.close(write_end)
     assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "done").is_file()
+
+
+@pytest.mark.parametrize(
+    ("call", "code", "told"),
+    [
+        ("open('file/deeper', 'w')", 1, "file/deeper: cannot be used (Not a directory)"),
+        ("open('x' * 300, 'w')", 1, "cannot be used (File name too long)"),
+        ("Path('loop').resolve()", 2, "Symlink loop from"),
+        ("Path('~nobody_is_called_so').expanduser()", 2, "Could not determine home directory"),
+    ],
+)
+def test_a_path_that_cannot_be_used_is_one_line(call: str, code: int, told: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    program = f"from pathlib import Path\nfrom utils.errors import run_command\nrun_command(lambda: {call} and None)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment(), timeout=60, cwd=tmp_path
+    )
+    assert done.returncode == code
+    assert done.stderr.startswith("error: ")
+    assert told in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_what_a_terminal_has_no_letter_for_is_printed_as_its_code() -> None:
+    program = "from utils.errors import run_command\nrun_command(lambda: print('\\udcff', '\u00fc'))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        env={**environment(), "PYTHONIOENCODING": "ascii"},
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (0, b"\\udcff \\xfc\n")
 
 
 def test_a_message_of_several_lines_becomes_one() -> None:

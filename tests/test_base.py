@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,29 @@ def test_a_broken_part_is_named(file: str, base: Path, tmp_path: Path) -> None:
     (folder / "vae" / file).write_text("{broken")
     message = message_of(load_part, models.base.AutoencoderKL, folder, "vae")
     assert message.startswith(f"{folder / 'vae'}: cannot be loaded as AutoencoderKL")
+
+
+@pytest.mark.parametrize("part", ["vae", "transformer", "scheduler"])
+def test_a_configuration_that_names_a_model_of_the_hub_is_not_followed(
+    part: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(base, tmp_path / "base")
+    (config,) = (folder / part).glob("*config.json")
+    config.write_text('"someone/else"')
+
+    def connect(*_: object) -> None:
+        raise AssertionError("asked the network")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    assert "holds no table of settings" in message_of(load_part, models.base.AutoencoderKL, folder, part)
+
+
+@pytest.mark.parametrize("value", ["2147483648", "NaN", "[64, 1e12]"])
+def test_sizes_that_fill_any_memory_are_refused(value: str, base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(base, tmp_path / "base")
+    config = folder / "transformer" / "config.json"
+    config.write_text(config.read_text().rstrip().removesuffix("}") + f', "num_layers": {value}}}')
+    assert "config.json: num_layers" in message_of(load_transformer, folder)
 
 
 def random_inputs(channels: int = 16) -> dict[str, torch.Tensor]:

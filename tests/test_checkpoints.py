@@ -17,6 +17,7 @@ from tests.conftest import RESOLUTION, make_prompt, make_transformer
 from utils import checkpoints
 from utils.checkpoints import (
     BEST_FILE_NAME,
+    COUNTS,
     OPTIMIZER_FILE_NAME,
     STATE_FILE_NAME,
     TrainingState,
@@ -508,6 +509,36 @@ def test_an_optimisers_state_of_another_model_is_refused(tmp_path: Path) -> None
     save_file({**tensors, "foreign.weight/exp_avg": torch.zeros(1)}, tmp_path / OPTIMIZER_FILE_NAME)
     with pytest.raises(ValueError, match=r"foreign\.weight, which the model does not have"):
         load_optimizer(optimizer, transformer.named_parameters(), tmp_path / OPTIMIZER_FILE_NAME)
+
+
+@pytest.mark.parametrize("threshold", ["NaN", "7", "-1", "1e999"])
+def test_a_best_threshold_that_is_none_is_named(threshold: str, tmp_path: Path) -> None:
+    put(tmp_path, "checkpoint-3")
+    best = tmp_path / "checkpoints" / "best.json"
+    best.write_text(f'{{"checkpoint": "checkpoint-3", "iou": 0.5, "global_step": 3, "threshold": {threshold}}}')
+    assert "best.json: threshold" in message_of(read_best, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"checkpoint": [], "iou": 1, "global_step": 1}',
+        '{"checkpoint": "a", "iou": 1, "global_step": 1e999}',
+        "[" * 100_000,
+    ],
+)
+def test_a_best_file_that_is_none_names_nothing(content: str, tmp_path: Path) -> None:
+    put(tmp_path, "checkpoint-3")
+    (tmp_path / "checkpoints" / "best.json").write_text(content)
+    assert read_best(tmp_path) is None
+
+
+def test_a_state_without_numbers_is_named(tmp_path: Path) -> None:
+    folder = put(tmp_path, "checkpoint-3")
+    state = dict.fromkeys(COUNTS, 1) | {"engine": "single"}
+    for change in ({"global_step": "x"}, {"num_pairs": None}):
+        (folder / "training_state.json").write_text(json.dumps(state | change))
+        assert "must be whole numbers" in message_of(read_state, folder)
 
 
 def write_run(run: Path, base: Path, objective: str = "end_to_end", step: int = 3) -> Path:

@@ -71,7 +71,9 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         InputError, match=r"name one folder of predictions that val_inference\.py wrote \(there: none\)"
     ):
         compare.find_scores(tmp_path / "nothing")
-    for number, rows in enumerate(("1,,half,0.5,0.3\n", "1,,0.5\n", "", "1,,0.5,0.5,0.3\n1,,0.5,0.5,0.3\n")):
+    for number, rows in enumerate(
+        ("1,,half,0.5,0.3\n", "1,,0.5\n", "", "1,,0.5,0.5,0.3\n1,,0.5,0.5,0.3\n", "1,,nan,0.5,0.3\n", "1,,55,0.5,0.3\n")
+    ):
         bad = write(tmp_path / f"bad{number}", rows) / "per_image.csv"
         with pytest.raises(InputError, match=f"bad{number}"):
             compare.read_scores(bad)

@@ -479,6 +479,27 @@ def test_yaml_words_for_non_finite_numbers_are_refused(value: str, overlay: Over
         assert f": {name}: " in message("--config", overlay(f"{name}: {value}\n"))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "lr: !!int ''",
+        "lr: !!int '-'",
+        "scale_lr: !!bool maybe",
+        "lr: !!timestamp x",
+        "lr: 1" + 3000 * ":59",
+        "<<: {lr: 1}",
+    ],
+)
+def test_odd_yaml_is_one_line(text: str, overlay: Overlay) -> None:
+    assert message("--config", path := overlay(f"{text}\n")).startswith(f"{path}: ")
+
+
+def test_numbers_that_nothing_can_be_computed_with_are_refused() -> None:
+    for name in ("epochs", "max_train_steps", "lr_cycles"):
+        for value in ("9" * 400, "9" * 5000, "1e300"):
+            assert message(f"--{name}", value).startswith(f"--{name}: ")
+
+
 def test_ranges_are_told_in_words() -> None:
     assert describe_type("resolution") == "an integer, >= 16, a multiple of 16"
     assert describe_type("adam_beta1") == "a number, >= 0, < 1"

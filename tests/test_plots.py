@@ -60,6 +60,8 @@ def test_an_older_history_is_read(tmp_path: Path) -> None:
         ("step,loss\r\n", "holds no row yet"),
         ("name,iou\r\na,1\r\n", "cannot be read as a history"),
         ("step,loss\r\n1,high\r\n", "loss holds something else than numbers"),
+        (f"step,loss\r\n{'9' * 400},1\r\n", "step holds a number that is too large"),
+        ("step,loss\r\n1,1e308\r\n2,-1e308\r\n", "holds no row yet"),
     ],
 )
 def test_what_is_no_history_is_named(text: str | None, message: str, tmp_path: Path) -> None:

@@ -78,6 +78,15 @@ def test_names_never_collide_not_even_in_their_case(tmp_path: Path) -> None:
     assert len(names) == len({name.lower() for name in names}) == 5
 
 
+def test_long_names_leave_room_for_what_outputs_are_called(tmp_path: Path) -> None:
+    names = ["x" * 250 + ".png", "x" * 251 + ".png", "ü" * 120 + ".png"]
+    touch(tmp_path, *names, f"deep/{names[0]}")
+    found = names_of(find(tmp_path, ".", recursive=True))
+    assert len(set(found)) == 4
+    assert all(len(name.rpartition("/")[2].encode()) < 220 for name in found)
+    assert f"deep/{'x' * 200}" in found
+
+
 def test_patterns_and_lists_name_files_and_repeats_count_once(tmp_path: Path) -> None:
     touch(tmp_path, "a.png", "deep/b.png", "deep/er/c.png")
     (tmp_path / "list.txt").write_text(f"{tmp_path / 'a.png'}\n\n  {tmp_path / 'deep' / '*.png'}  \n")

@@ -405,6 +405,50 @@ def test_the_command_ends_with_2_after_bad_input(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_changed_byte_is_noticed(trans10k: Path, tmp_path: Path) -> None:
+    archive = tarred("gz")(trans10k, tmp_path / "Trans10K")
+    data = bytearray(archive.read_bytes())
+    data[-6] ^= 1  # of the checksum, behind the last member
+    archive.write_bytes(data)
+    assert "is damaged" in refused(archive, tmp_path / "out")
+
+
+def test_one_name_twice_in_an_archive_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as out:
+        out.writestr("train/images/1.jpg", b"one")
+        with pytest.warns(UserWarning, match="Duplicate"):
+            out.writestr("train/images/1.jpg", b"two")
+    assert "holds train/images/1.jpg twice" in refused(tmp_path / "a.zip", tmp_path / "out")
+
+
+def test_what_an_archive_claims_does_not_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tarfile.open(tmp_path / "names.tar", "w", format=tarfile.GNU_FORMAT) as out:
+        out.addfile(tarfile.TarInfo("train/images/1.jpg"))
+        out.addfile(tarfile.TarInfo("train/images/" + "x" * (1 << 21)))
+    assert "a header of 2097" in refused(tmp_path / "names.tar", tmp_path / "out")
+    write_plain(tmp_path / "mine", {"train": 3})
+    (tmp_path / "mine" / "notes.json").write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
+    monkeypatch.setattr("dataset.prepare.downloads.MAX_JSON_BYTES", 10)
+    assert run(tmp_path / "mine", tmp_path / "out", "--kind", "folder", "--validation_share", 0) == 0
+    assert "notes.json (larger than" in capsys.readouterr().out
+
+
+def test_long_names_and_limits_that_are_none(tmp_path: Path) -> None:
+    source = write_plain(tmp_path / "mine", {"train": 1})
+    name = "x" * 250
+    for kind, suffix in (("image", ".jpg"), ("mask", ".png")):
+        next((source / "train" / kind).iterdir()).rename(source / "train" / kind / f"{name}{suffix}")
+    assert run(source, tmp_path / "out", "--kind", "folder", "--validation_share", 0) == 0
+    assert (tmp_path / f"out/train/images/{name}.jpg").is_file()
+    for value in ("nan", "0", "-1"):
+        assert (
+            refused(source, tmp_path / "other", "--max_gigabytes", value)
+            == f"--max_gigabytes {float(value)}: must be more than 0"
+        )
+
+
 # COCO
 
 
@@ -478,6 +522,8 @@ def test_run_lengths_go_down_the_columns_plain_and_packed() -> None:
         {"size": [6, 8], "counts": [1, 2]},
         {"size": [8, 6], "counts": [48]},
         [[0, float("nan")]],
+        [[0, 0, 10**400, 0, 4, 4]],
+        {"size": [6, 8], "counts": [float("inf")]},
     ],
 )
 def test_a_malformed_shape_is_named(shape: Any) -> None:
@@ -492,6 +538,15 @@ def test_malformed_files_are_named() -> None:
         {"annotations": [{"id": 3, "segmentation": [[1]], "image_id": 8, "category_id": 1}]},
     ):
         with pytest.raises(InputError, match=r"a\.json"):
+            parse_coco(PurePosixPath("a.json"), {**content, **change})
+    (picture,), (category, other) = content["images"], content["categories"]
+    for change, told in (
+        ({"images": [picture, {**picture, "file_name": "2.jpg"}]}, "images: id 7 occurs 2 times"),
+        ({"images": [picture, {**picture, "id": 8}]}, r"images: file_name 1\.jpg occurs 2 times"),
+        ({"categories": [category, {**other, "id": 1}]}, "categories: id 1 occurs 2 times"),
+        ({"images": [{**picture, "width": float("inf")}]}, "is not a COCO file"),
+    ):
+        with pytest.raises(InputError, match=f"a.json: {told}"):
             parse_coco(PurePosixPath("a.json"), {**content, **change})
     with pytest.raises(InputError, match="is said to be"):
         parse_coco(PurePosixPath("a.json"), coco([], (10**6, 10**6)))

@@ -189,6 +189,23 @@ def test_masks_of_16_bits_are_read_whole_and_a_soft_truth_is_glass_from_one_half
     assert found["per_image"]["mse"] == pytest.approx((126 / 255) ** 2 / 4, abs=1e-6)
 
 
+def test_maps_of_class_ids_are_refused_and_coloured_masks_read(tmp_path: Path) -> None:
+    ids = np.array([[0, 1], [2, 1]], np.uint8)
+    white = np.array([[0, 255], [255, 255]], np.uint8)
+    truths = write(tmp_path / "truths", a=white, b=np.zeros((2, 2), np.uint8))
+    with pytest.raises(InputError, match=r"ids/a\.png: its brightest grey is 2, a map of class ids"):
+        score_folders(truths, write(tmp_path / "ids", a=ids, b=white), ["glass"])
+    with pytest.raises(InputError, match=r"ids_too: the brightest grey of all is 2"):
+        score_folders(write(tmp_path / "ids_too", a=ids, b=0 * ids), truths, ["per_image"])
+    dark = write(tmp_path / "dark", a=white, b=np.full((2, 2), 90, np.uint8))  # certain of nothing, which is no map
+    assert score_folders(dark, truths, ["per_image"])["per_image"]["iou"] == 1
+    coloured = np.stack([white // 255 * np.uint8(80), 0 * white, 0 * white], axis=2)
+    found = score_folders(write(tmp_path / "coloured", a=coloured, b=0 * coloured), truths, ["per_image"])
+    assert found["per_image"]["iou"] == 1
+    found = score_folders(truths, tmp_path / "coloured", ["per_image"])
+    assert found["per_image"]["iou"] == 1
+
+
 def test_bad_folders_are_named(tmp_path: Path) -> None:
     ok = write(tmp_path / "ok", a=np.zeros((4, 4), np.uint8))
     with pytest.raises(InputError, match="gone: no such folder of masks"):

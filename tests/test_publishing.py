@@ -180,6 +180,7 @@ def test_no_code_and_no_pickle_comes_from_a_folder(base: Path, tmp_path: Path) -
         ({"objective": "guessing"}, "guessing"),
         ({"palette": {"a": 1}}, "cannot be used"),
         ({"surprise": 1}, "surprise"),
+        ({"objective": "diffusion"}, "objective diffusion needs 32 input channels, the transformer has 16"),
     ],
 )
 def test_a_folder_of_something_else_is_told(change: dict[str, Any], said: str, base: Path, tmp_path: Path) -> None:
@@ -190,6 +191,25 @@ def test_a_folder_of_something_else_is_told(change: dict[str, Any], said: str, b
     message = message_of(TransparencySegmentationPipeline.from_pretrained, tmp_path / "out")
     assert message.startswith(f"{index}: ")
     assert said in message
+
+
+def test_what_is_no_run_is_told_and_foreign_scores_are_left_out(base: Path, tmp_path: Path) -> None:
+    assert "nowhere: no such folder" in message_of(export, tmp_path / "nowhere", tmp_path / "out")
+    checkpoint = write_run(tmp_path / "run", base)
+    for number, (metrics, inference) in enumerate(
+        (({}, {}), ({"iou": "x"}, {"checkpoint": 5, "threshold": "high"}), ({"iou": 1e999}, {"checkpoint": None}))
+    ):
+        folder = tmp_path / "run" / "mask_predictions" / f"test_mix_{number}"
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(
+            json.dumps({"recall": 1, "mse": 0, "boundary_iou": 1, "num_images": 1} | metrics)
+        )
+        (folder / "inference.json").write_text(
+            json.dumps({"resolution": 64, "tta": "none", "threshold": 0.5} | inference)
+        )
+    assert describe_training(checkpoint)["scores"] == []
+    export(tmp_path / "run", tmp_path / "out")
+    assert "exported already" in message_of(export, tmp_path / "out", tmp_path / "again")
 
 
 def test_pushing_uploads_the_folder_with_its_card(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,9 @@ DEFAULT_THRESHOLD = 0.5
 NAME_PATTERN = re.compile(r"checkpoint-(\d+)")
 
 
+COUNTS = ("global_step", "batches_seen", "global_batch_size", "num_pairs", "num_processes")
+
+
 @dataclass(frozen=True)
 class TrainingState:
     """Where a training stands.
@@ -98,14 +101,22 @@ def list_checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
 
 
 def read_best(output_dir: str | Path) -> dict[str, Any] | None:
-    """Returns the content of `best.json` (`checkpoint`, `iou`, `global_step`, `threshold`), or None if it names no checkpoint."""
+    """Returns the content of `best.json` (`checkpoint`, `iou`, `global_step`, `threshold`), or None if it names no checkpoint.
+
+    Raises:
+        InputError: if its threshold is none.
+    """
     folder = checkpoints_folder(output_dir)
     try:
         best = json.loads((folder / BEST_FILE_NAME).read_text(encoding="utf-8"))
-        name, iou, step = best["checkpoint"], float(best["iou"]), int(best["global_step"])
+        name, iou, step = str(best["checkpoint"]), float(best["iou"]), int(best["global_step"])
         threshold = float(best.get("threshold", DEFAULT_THRESHOLD))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+    if not 0 <= threshold <= 1:
+        raise InputError(
+            f"{folder / BEST_FILE_NAME}: threshold {threshold:g} is not between 0 and 1; repair or remove the file"
+        )
     known = {path.name for _, path in list_checkpoints(output_dir)}
     found = {"checkpoint": name, "iou": iou, "global_step": step, "threshold": threshold}
     return found if name in known else None
@@ -173,8 +184,11 @@ def read_state(checkpoint: Path) -> TrainingState:
     """
     path = checkpoint / STATE_FILE_NAME
     try:
-        return TrainingState(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        state = TrainingState(**json.loads(path.read_text(encoding="utf-8")))
+        if not all(isinstance(getattr(state, name), int) for name in COUNTS):
+            raise TypeError(f"{', '.join(COUNTS)} must be whole numbers")
+        return state
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({first_line(error)}); resume from another checkpoint") from error
 
 

@@ -69,6 +69,8 @@ def read_scores(table: Path) -> dict[str, dict[str, float]]:
         scores = {
             f"{row['difficulty']}/{row['name']}": {column: float(row[column]) for column in columns} for row in rows
         }
+        if odd := [name for name, row in scores.items() if not all(0 <= value <= 1 for value in row.values())]:
+            raise ValueError(f"{odd[0]} has scores that are not between 0 and 1")
     except (OSError, UnicodeDecodeError, csv.Error, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{table}: cannot be read as scores ({first_line(error)})") from error
     if not scores or len(scores) != len(rows):

@@ -37,6 +37,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 # A duration is given in one unit; setting one key of a pair in a later layer unsets the other.
+MAX_NUMBER = 1e15  # that any key takes: what is computed with it stays a number
 EXCLUSIVE_PAIRS = (
     ("epochs", "max_train_steps"),
     ("save_checkpoint_epochs", "save_checkpoint_steps"),
@@ -291,7 +292,7 @@ def load_layer(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such configuration file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as a configuration file ({error})") from error
-    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, TypeError, ValueError, LookupError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     if document is None:
         return {}
@@ -339,15 +340,22 @@ def convert(name: str, value: Any, where: str) -> Any:
         return None
     if isinstance(value, bool) and _TYPES[name] is not bool:
         raise InputError(f"{where}: {str(value).lower()} is not valid, expected {describe_type(name)}")
+    _check_size(name, value, where)
     try:
         converted = _ADAPTERS[name].validate_python(value)
     except ValidationError as error:
         raise InputError(f"{where}: {reprlib.repr(value)} is not valid, expected {describe_type(name)}") from error
+    _check_size(name, converted, where)
     if FIELDS[name].metadata["path"] and isinstance(converted, str):
         if not converted.strip():
             raise InputError(f"{where}: is empty, expected a path")
         return _expand_home(converted, where)
     return converted
+
+
+def _check_size(name: str, value: Any, where: str) -> None:
+    if isinstance(value, int | float) and abs(value) > MAX_NUMBER:
+        raise InputError(f"{where}: is larger than {MAX_NUMBER:.0e}, expected {describe_type(name)}")
 
 
 def describe_type(name: str) -> str:

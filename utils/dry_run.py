@@ -259,6 +259,9 @@ def _report_disk(run: DryRun, train: Scan | None) -> None:
         places["latent_cache"] = Path(config.latent_cache_path or places["output_dir"] / "latent_cache")
     for key, path in places.items():
         place = _existing(path)
+        if os.path.lexists(path) and not path.is_dir():
+            run.note(f"{key}: {path} is no folder; choose another")
+            continue
         if not place.is_dir() or not os.access(place, os.W_OK):
             run.note(f"{key}: {path} cannot be written; choose another")
             continue

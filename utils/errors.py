@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar, cast
 
 Kept = TypeVar("Kept")
 
@@ -17,6 +18,7 @@ EXIT_SIGTERM = 143
 
 _kept: list[Any] = []
 
+UNUSABLE_PATHS = ("Symlink loop", "Could not determine home directory")  # pathlib's words
 FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -81,33 +83,71 @@ def keep_until_exit(value: Kept) -> Kept:
     return value
 
 
+class _Patient:
+    """A stream whose reader may leave (`| head`): what is printed then goes nowhere, and the work goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # a file's name may hold what the terminal has no letter for
+
+    def write(self, text: str) -> int:
+        """Writes a text."""
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._give_up()
+            return len(text)
+
+    def flush(self) -> None:
+        """Writes what was held back."""
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        """Returns whatever else the stream has."""
+        return getattr(self._stream, name)
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Runs a command's `main` and exits the process with its code; known errors become one line on stderr."""
     several_processes = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, _Patient(stream)) for stream in streams)
     try:
         code = main() or 0
     except CommandError as error:
         # Its traceback holds what `main` held. In a lone process loaders must end before the interpreter does.
         if several_processes:
             keep_until_exit(error)
-        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-        code = error.exit_code
+        code = _tell(one_line(error), error.exit_code)
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr, flush=True)
-        code = EXIT_SIGINT
-    except BrokenPipeError:
-        # The reader of our output (head, less) left: nothing is wrong, but flushing at exit would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code = _tell("interrupted", EXIT_SIGINT)
     except OSError as error:
-        if error.errno not in FULL_OR_FORBIDDEN:
+        if error.errno not in FULL_OR_FORBIDDEN and error.filename is None:
             raise
-        print(f"error: {error.filename or 'a file'}: cannot be written ({error.strerror})", file=sys.stderr, flush=True)
-        code = EXIT_FAILED
+        what = "cannot be written" if error.errno in FULL_OR_FORBIDDEN else "cannot be used"
+        code = _tell(f"{error.filename or 'a file'}: {what} ({error.strerror})", EXIT_FAILED)
+    except RuntimeError as error:
+        if not str(error).startswith(UNUSABLE_PATHS):
+            raise
+        code = _tell(f"{first_line(error)}; check the paths that the command names", EXIT_BAD_INPUT)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = streams
     if several_processes:
         # After an error another process may wait in a collective for this one, and a normal exit would wait for it in turn;
         # after success gloo's threads now and then abort the interpreter's exit.
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _tell(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return code

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dataset.pictures import open_picture
 from utils.errors import InputError, first_line, run_command
 from utils.protocols import (
     STUFF,
@@ -41,6 +42,7 @@ PROTOCOL = (
 COLUMNS = ("iou", "recall", "mse", "boundary_iou")
 DECIMALS = 6
 PROTOCOLS = ("per_image", "glass", "translab")
+HALF = 128  # from here on a grey means glass
 CLASS_COLOURS = {0: 0, 85: THINGS, 255: STUFF}
 
 
@@ -161,6 +163,8 @@ def score_folder(folder: Path) -> list[PictureScore]:
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise InputError(f"{table}: cannot be read ({first_line(error)}); repair or remove it") from error
         difficulties = {row["name"]: row.get("difficulty") or "" for row in rows}
+        if odd := sorted(set(difficulties.values()) - {"", "easy", "hard"}):
+            raise InputError(f"{table}: difficulty {odd[0]!r} is unknown; easy, hard or nothing")
     scores = []
     for name in names:
         truth, mask = (read_mask(folder, name, kind) for kind in ("maskgt", "maskq"))
@@ -185,8 +189,9 @@ def read_mask(folder: Path, name: str, kind: str) -> NDArray[np.bool_]:
 def score_folders(predictions: Path, truths: Path, protocols: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Scores a folder of predicted masks against a folder of true ones, matched by name (`_mask` at its end is left out).
 
-    Under `per_image` and `glass` a truth of Trans10k's greys 0, 85 and 255 alone has glass where it is not 0, another truth from
-    128 on; a prediction's grey is its certainty and is resized to the truth's size (bilinear), and glass is predicted from 128 on.
+    Under `per_image` and `glass` a coloured truth, or one of Trans10k's greys 0, 85 and 255 alone, has glass where it is not black,
+    another truth from 128 on; a prediction's grey is its certainty and is resized to the truth's size (bilinear), and glass is
+    predicted from 128 on, in a coloured one where it is not black. Maps of class ids, whose greys all lie below that, are refused.
     Under `translab` both are label maps in these greys, taken to 512 x 512 by nearest neighbour; where it is among the protocols,
     the other two take the prediction for a label map too.
 
@@ -200,20 +205,32 @@ def score_folders(predictions: Path, truths: Path, protocols: Sequence[str]) -> 
     per_image: list[PictureScore] = []
     glass: list[GlassRecord] = []
     translab: list[TransLabRecord] = []
+    brightest = 0
     for name, (prediction_path, truth_path) in pairs.items():
-        soft, greys = _read(prediction_path, "L"), _read(truth_path, "L")
         if "translab" in protocols:
-            labels = [_labels(path, values) for path, values in ((prediction_path, soft), (truth_path, greys))]
+            labels = [_labels(path, _read(path, "L")) for path in (prediction_path, truth_path)]
             translab.append(score_translab(labels[0], labels[1]))
-            soft = (soft > 0) * np.uint8(255)
-        truth = greys > (0 if set(np.unique(greys).tolist()) <= CLASS_COLOURS.keys() else 127)
+        soft, greys = _greys(prediction_path), _greys(truth_path)
+        brightest = max(brightest, int(soft.max()))
+        soft = (soft > 0) * np.uint8(255) if "translab" in protocols else soft
+        of_classes = set(np.unique(greys).tolist()) <= CLASS_COLOURS.keys()
+        if not of_classes and greys.max() < HALF:
+            raise InputError(
+                f"{truth_path}: its brightest grey is {greys.max()}, a map of class ids? Write truths as black and white, or in colours"
+            )
+        truth = greys >= (1 if of_classes else HALF)
         if soft.shape != truth.shape:
             soft = np.array(Image.fromarray(soft).resize(truth.shape[::-1], Image.Resampling.BILINEAR))
-        mask = soft >= 128
+        mask = soft >= HALF
         if "per_image" in protocols:
             per_image.append(score_picture(np.repeat(soft[..., None], 3, axis=2), mask, truth, name))
         if "glass" in protocols:
             glass.append(score_glass(soft, truth))
+    if 0 < brightest < HALF and "translab" not in protocols:
+        raise InputError(
+            f"{predictions}: the brightest grey of all is {brightest}, maps of class ids? Write predictions as black and white, or as "
+            "certainties from 0 to 255"
+        )
     results: dict[str, dict[str, Any]] = {}
     if per_image:
         results["per_image"] = summarise(per_image)
@@ -247,6 +264,13 @@ def _match(predictions: Path, truths: Path) -> dict[str, tuple[Path, Path]]:
     return {name: (found[0][name], found[1][name]) for name in found[0]}
 
 
+def _greys(path: Path) -> NDArray[np.uint8]:
+    """Returns a mask's greys (H, W); of a coloured one white for any colour but black."""
+    pixels = _read(path, "RGB")
+    grey = (pixels == pixels[..., :1]).all()
+    return pixels[..., 0] if grey else (pixels.max(axis=2) > 0) * np.uint8(255)
+
+
 def _labels(path: Path, values: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Returns a map of Trans10k's classes (512, 512) of its greys."""
     resized = np.array(Image.fromarray(values).resize((TRANSLAB_SIDE, TRANSLAB_SIDE), Image.Resampling.NEAREST))
@@ -271,7 +295,7 @@ def _means(scores: Sequence[PictureScore]) -> dict[str, Any]:
 
 def _read(path: Path, mode: str) -> NDArray[np.uint8]:
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
             if image.mode.startswith("I"):  # 16 bits, which a conversion would clip
                 return np.array(
                     Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).astype(np.uint8)).convert(mode)

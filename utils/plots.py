@@ -8,7 +8,6 @@ data set, whose size gives the updates, over the share of the training.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from utils.plan import TrainingPlan
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")  # Okabe and Ito's, for any eyes
 SMOOTHED = ("loss", "latent_loss", "pixel_loss", "grad_norm")
 SMOOTHING = 0.9
+LARGEST = 1e100  # of a value that can be drawn
 MIN_ROWS_TO_SMOOTH = 30
 LOG_RANGE = 30.0  # of the largest value to the smallest, from which on a positive axis is logarithmic
 BEST = {"val_iou": max, "val_recall": max, "val_mse": min}
@@ -70,10 +70,13 @@ def read_curves(run: Path) -> dict[str, Curve]:
     for column in TITLES:
         try:
             points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise InputError(f"{path}: {column} holds something else than numbers ({error})") from error
-        if points := [point for point in points if math.isfinite(point[1])]:
-            steps, values = np.array(points, np.float64).T
+        if points := [point for point in points if abs(point[1]) < LARGEST]:
+            try:
+                steps, values = np.array(points, np.float64).T
+            except OverflowError as error:
+                raise InputError(f"{path}: step holds a number that is too large") from error
             curves[column] = (steps, values)
     if not curves:
         raise InputError(f"{path}: holds no row yet; one is written every log_steps updates")
@@ -203,6 +206,8 @@ def save_figure(figure: matplotlib.figure.Figure, path: Path) -> list[Path]:
     Raises:
         InputError: if the folder cannot be written.
     """
+    if not path.name:
+        raise InputError(f"--out {path}: is a folder; name the files in it, such as {path / 'curves'}")
     stem = path.with_suffix("") if path.suffix in (".png", ".svg") else path
     written = [stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "svg")]
     try:
@@ -257,7 +262,7 @@ def _same(run: dict[str, Curve], first: str, second: str) -> bool:
 
 def _labels(runs: Sequence[Path]) -> list[str]:
     """Returns the runs' names, with as much of their folders as tells them apart."""
-    paths = [run.resolve() for run in runs]
+    paths = [Path(str(run.resolve()).encode(errors="backslashreplace").decode()) for run in runs]
     names = [path.name for path in paths]
     if len(set(names)) == len(names):
         return names

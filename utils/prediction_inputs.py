@@ -13,6 +13,8 @@ from dataset.pictures import ENDINGS
 from utils import video
 from utils.errors import InputError, first_line
 
+MAX_STEM_BYTES = 200  # file systems take 255
+
 
 @dataclass(frozen=True)
 class Source:
@@ -110,6 +112,7 @@ def _expand(entry: str, recursive: bool, output: Path, tell: Callable[[str], Non
     files = [path for match in matches if (path := Path(match)).is_file() and own not in path.resolve().parents]
     if not files:
         what = "no file matches this pattern" if glob.has_magic(entry) else "no such file or folder"
+        what = "is neither a file nor a folder" if path.exists() else what
         raise InputError(f"{entry}: {what}")
     return [(each, each.stem) for each in files]
 
@@ -147,6 +150,10 @@ def _files_of(folder: Path, recursive: bool, output: Path) -> tuple[list[Path], 
 
 
 def _free_name(name: str, suffix: str, taken: set[str]) -> str:
+    folder, _, stem = name.rpartition("/")
+    if len(os.fsencode(stem)) > MAX_STEM_BYTES:  # what the outputs' names add would not fit
+        stem = os.fsencode(stem)[:MAX_STEM_BYTES].decode(errors="ignore")
+        name = f"{folder}/{stem}" if folder else stem
     longer = f"{name}_{suffix.lower().lstrip('.')}"
     candidates = [name, longer, *(f"{longer}_{number}" for number in range(2, len(taken) + 3))]
     return next(candidate for candidate in candidates if candidate.lower() not in taken)

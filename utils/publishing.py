@@ -141,6 +141,10 @@ def export(run: Path, out: Path, name: str = "best", data_type: str = "fp32") ->
 def _checkpoint_of(run: Path, name: str = "best") -> Path:
     if (run / STATE_FILE_NAME).is_file():
         return run
+    if not run.is_dir():
+        raise InputError(f"{run}: no such folder; name a run that trainer.py wrote, or one of its checkpoints")
+    if (run / INDEX_FILE_NAME).is_file():
+        raise InputError(f"{run}: is exported already; use it as it is, or copy it")
     return find_checkpoint(run, best_or_latest(run) if name == "best" else name, "MODEL")
 
 
@@ -148,19 +152,21 @@ def _scores(run: Path, checkpoint_name: str, data: str) -> list[dict[str, Any]]:
     found = []
     for folder in sorted((run / "mask_predictions").glob("test_*")):
         inference, metrics = (_read_json(folder / name) for name in ("inference.json", "metrics.json"))
-        figures = {key: metrics.get(key) for key in ("iou", "recall", "mse", "boundary_iou")}
-        settings = {key: inference.get(key) for key in ("resolution", "tta", "threshold")}
-        complete = None not in (*figures.values(), *settings.values())
-        if complete and Path(inference.get("checkpoint", "")).name == checkpoint_name:
-            split = "_".join(folder.name.split("_")[:2])
-            found.append({"split": split, "data": data, "pictures": metrics["num_images"], **settings, **figures})
+        try:
+            figures = {key: float(metrics[key]) for key in ("iou", "recall", "mse", "boundary_iou")}
+            settings = {"resolution": int(inference["resolution"]), "tta": str(inference["tta"])}
+            settings |= {"threshold": float(inference["threshold"]), "pictures": int(metrics["num_images"])}
+        except (KeyError, TypeError, ValueError, OverflowError):
+            continue  # of an earlier version, or not whole
+        if Path(str(inference.get("checkpoint", ""))).name == checkpoint_name:
+            found.append({"split": "_".join(folder.name.split("_")[:2]), "data": data, **settings, **figures})
     return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

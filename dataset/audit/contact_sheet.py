@@ -17,6 +17,7 @@ from PIL import Image
 
 from dataset.audit.findings import KINDS, Finding, by_kind
 from dataset.audit.inspection import Inspection, MaskRepair, read_reduced, repaired
+from dataset.pictures import open_picture
 from dataset.trans10k import Layout
 
 SHEET_FILE_NAME = "contact_sheet.html"
@@ -114,7 +115,7 @@ def _overlay(
     label = None
     if mask is not None:
         try:
-            with Image.open(mask) as stored:
+            with open_picture(mask) as stored:
                 drawn = repaired(stored, repair, dataset_name, layout) if layout is not None else stored
                 label = np.asarray(drawn.convert("RGB")).max(axis=2) > 0
         except Exception:  # the tile of a damaged file is that of its partner

@@ -16,7 +16,7 @@ from dataset.audit.findings import Finding
 from dataset.audit.listing import ListedPair
 from dataset.audit.mask_values import OPAQUE, UnclearMaskError, hidden_alpha, legal_colours, snapped, soft_edges
 from dataset.audit.turns import EXIF_TURNS, NAMES, QUARTERS, SWAPS_SIDES, Turn, evidence, turned_size
-from dataset.pictures import upright_rgb
+from dataset.pictures import open_picture, upright_rgb
 from dataset.trans10k import EXIF_ORIENTATION, Layout
 from utils.errors import first_line
 
@@ -110,7 +110,7 @@ def inspect_pair(pair: ListedPair, root: Path, dataset_name: str, layout: Layout
         report("unreadable", image_name, _why(error), "replace the file or remove the pair")
         found = replace(found, left_out="its picture cannot be read")
     try:
-        with Image.open(pair.mask) as mask:
+        with open_picture(pair.mask) as mask:
             mask.load()
             reading = _read_mask(mask, dataset_name, layout)
     except Exception as error:
@@ -271,7 +271,7 @@ def _same_aspect(one: Sequence[int], other: Sequence[int]) -> bool:
 
 def read_reduced(path: Path) -> tuple[NDArray[np.uint8], tuple[int, int], int]:
     """Returns a picture, upright RGB (h, w, 3), its upright size in the file, and its EXIF orientation."""
-    with Image.open(path) as image:
+    with open_picture(path) as image:
         orientation = int(image.getexif().get(EXIF_ORIENTATION, 1))
         size = turned_size(image.size, EXIF_TURNS.get(orientation))
         image.draft("RGB", (WORKING_SIDE, WORKING_SIDE))  # decodes a JPEG smaller, yet reads all of it

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dataset.audit.findings import Finding
 from dataset.render_glass import SPLITS
-from dataset.trans10k import IMAGE_SUFFIXES, LAYOUTS, MASK_SUFFIXES, Layout
+from dataset.trans10k import IMAGE_SUFFIXES, LAYOUTS, MASK_SUFFIXES, Layout, mask_stems
 from utils.errors import InputError
 
 IMAGES_FOLDER = "images"
@@ -69,6 +69,11 @@ def list_pairs(root: Path, dataset_name: str, layout: Layout) -> Listing:
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; give the root of a data set")
     listing = Listing(root)
+    for split in SPLITS:
+        if os.path.lexists(root / split) and not (root / split).is_dir():
+            listing.findings.append(
+                Finding("folder", split, "is no folder, training needs it", "put the split's folder here")
+            )
     folders = {split: layout.folders(root, split, "mix") for split in SPLITS if (root / split).is_dir()}
     if not folders:
         raise InputError(f"{root}: holds none of {', '.join(SPLITS)}, as {dataset_name} has{_looks_like(root)}")
@@ -120,11 +125,13 @@ def _list_folder(listing: Listing, folder: Path, split: str, difficulty: str, ma
     masks = _Files(listing, masks_path, MASK_SUFFIXES)
     listing.files[split, difficulty] = len(images.accepted), len(masks.accepted)
     stems = {path.stem for path in images.accepted}
-    partners = masks.partners([*images.accepted, *(path for path in images.convertible if path.stem not in stems)])
+    candidates = [*images.accepted, *(path for path in images.convertible if path.stem not in stems)]
+    partners = masks.partners(candidates)
+    names = {path.stem.casefold() for path in candidates}
     taken: set[str] = set()  # stems of the corrected copy, in lower case
     for image in sorted([*images.accepted, *images.convertible], key=lambda path: path.name):
         stem, where = image.stem, listing.relative(image)
-        twins = [other for other in images.accepted if other.stem == stem] if stem in images.twice else [image]
+        twins = [other for other in candidates if other.stem == stem] if stem in images.twice else [image]
         mask, trouble = partners.get(image, (None, ""))
         if mask is None:
             if image in images.accepted:
@@ -158,7 +165,7 @@ def _list_folder(listing: Listing, folder: Path, split: str, difficulty: str, ma
             what = "differs from another name only in upper and lower case, which some disks take for one file"
             listing.findings.append(Finding("name", where, what, "rename it, as --fix does", **shown))
             number = 2
-            while f"{stem}_{number}".casefold() in taken:
+            while f"{stem}_{number}".casefold() in taken | names:
                 number += 1
             stem = f"{stem}_{number}"
             pair = replace(
@@ -189,7 +196,7 @@ class _Files:
     def __init__(self, listing: Listing, folder: Path, suffixes: tuple[str, ...]) -> None:
         self.accepted: list[Path] = []
         self.convertible: list[Path] = []
-        self._used: set[Path] = set()
+        self._used: dict[Path, str] = {}
         by_stem: dict[str, list[Path]] = defaultdict(list)
         for path in self._entries(listing, folder):
             if path.suffix.lower() in suffixes:
@@ -197,6 +204,7 @@ class _Files:
                 by_stem[path.stem].append(path)
             elif path.suffix.lower() in Image.registered_extensions():
                 self.convertible.append(path)
+                by_stem[path.stem].append(path)
             else:
                 listing.findings.append(_ignored(listing, path, suffixes))
         self.twice = {stem for stem, paths in by_stem.items() if len(paths) > 1}
@@ -207,6 +215,7 @@ class _Files:
     def partners(self, images: list[Path]) -> dict[Path, tuple[Path, str]]:
         """Returns each picture's mask and what is wrong with its name: first as `scan` takes them, then more freely."""
         found: dict[Path, tuple[Path, str]] = {}
+        stems = {image.stem for image in images}
         ways = (
             (self._exact, str, ""),
             (self._other, str, f"is not a PNG: training reads masks from {', '.join(MASK_SUFFIXES)} only"),
@@ -214,11 +223,11 @@ class _Files:
         )
         for masks, key, trouble in ways:
             for image in images:
-                mask = masks.get(key(f"{image.stem}_mask")) or masks.get(key(image.stem))
+                mask = next((masks[key(name)] for name in mask_stems(image.stem, stems) if key(name) in masks), None)
                 # Two pictures of one stem have one mask.
-                if image not in found and mask is not None and (mask not in self._used or key is str):
+                if image not in found and mask is not None and self._used.get(mask, image.stem) == image.stem:
                     found[image] = mask, trouble
-                    self._used.add(mask)
+                    self._used[mask] = image.stem
         return found
 
     def left(self) -> list[Path]:
@@ -248,8 +257,11 @@ class _Files:
             name = listing.relative(path)
             if entry.is_symlink() and not path.exists():
                 listing.findings.append(Finding("unreadable", name, "is a link to nothing", "remove it"))
-            elif entry.is_symlink() and not path.resolve().is_relative_to(inside):
+                continue
+            if entry.is_symlink() and not path.resolve().is_relative_to(inside):
                 remedy = "put the file itself here, as --fix does"
                 listing.findings.append(Finding("link", name, f"leads to {path.resolve()}", remedy))
             if entry.is_file():
                 yield path
+            else:
+                listing.findings.append(Finding("ignored", name, "is no file", "remove it"))

@@ -8,13 +8,12 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image
 from tqdm import tqdm
 
 from dataset.audit.inspection import Inspection, MaskRepair, repaired
 from dataset.audit.listing import Listing
 from dataset.output_folder import OutputFolder, check_links, check_space, copy_file
-from dataset.pictures import read_picture
+from dataset.pictures import open_picture, read_picture
 from dataset.trans10k import Layout
 
 RECORD_FILE_NAME = "repairs.json"
@@ -117,7 +116,7 @@ def _files(found: Inspection, dataset_name: str, layout: Layout, hard_links: boo
 
 
 def _write_mask(source: Path, repair: MaskRepair, dataset_name: str, layout: Layout, target: Path) -> None:
-    with Image.open(source) as mask:
+    with open_picture(source) as mask:
         mended = repaired(mask, repair, dataset_name, layout)
         (mended if mended.mode in PNG_MODES else mended.convert("RGB")).save(target, format="PNG")
 

@@ -91,7 +91,9 @@ class Painter:
         if binary or len(names) == 1:
             return cls(dict.fromkeys(names, 1))
         if not names:
-            raise InputError("the annotations hold no shapes (polygons or run lengths), and boxes alone make no mask")
+            raise InputError(
+                f"the annotations hold no shapes (polygons or run lengths) of a category but {BACKGROUND}, and boxes alone make no mask"
+            )
         return cls({name: number for number, name in enumerate(names, 1)}, colours_for(names))
 
     def write(self, image: CocoImage, target: Path) -> None:
@@ -113,7 +115,10 @@ def write_items(
             if item.coco is None:
                 wanted[item.source].append(path)
             else:
-                folder.place(path, partial(painter.write, item.coco))
+                try:
+                    folder.place(path, partial(painter.write, item.coco))
+                except InputError as error:
+                    raise InputError(f"{item.source}: {error}") from error
                 progress.update()
         for entry in sources.entries() if wanted else ():
             for path in wanted.pop(entry.path, ()):
@@ -165,6 +170,9 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("validation_share", "test_share"):
         if not 0 <= getattr(arguments, name) < 1:
             raise InputError(f"--{name} {getattr(arguments, name)}: use a share from 0 to below 1")
+    for name in ("max_gigabytes", "max_files"):
+        if not getattr(arguments, name) > 0:  # not a number neither
+            raise InputError(f"--{name} {getattr(arguments, name)}: must be more than 0")
     if arguments.validation_share + arguments.test_share >= 1:
         raise InputError("--validation_share and --test_share: together they leave nothing to train on")
     for source in arguments.sources:

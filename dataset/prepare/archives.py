@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import lzma
 import os
 import re
 import shutil
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -24,9 +26,10 @@ ZIP_SUFFIXES = (".zip",)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
 OTHER_ARCHIVES = (".rar", ".7z", ".z01", ".001", ".gz", ".xz", ".bz2", ".zst")
 MAX_DEPTH = 3  # of archives in archives
-DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError)
+MAX_HEADER_BYTES = 1 << 20  # of a tar's long names, which are read into memory
+DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, ValueError, struct.error)
 # An encrypted member, a compression that Python lacks (zips of other makers), a name that is no text.
-UNSUPPORTED = (RuntimeError, NotImplementedError, UnicodeDecodeError)
+UNSUPPORTED = (RuntimeError, UnicodeDecodeError)
 
 
 @dataclass(frozen=True)
@@ -108,9 +111,13 @@ class Sources:
         if depth > MAX_DEPTH:
             raise InputError(f"{shown}: archives lie {depth} deep in each other; unpack it and give the folder")
         walk = _in_zip if is_archive(path.name, ZIP_SUFFIXES) else _in_tar
+        seen: set[PurePosixPath] = set()
         with reading(shown):
             for name, size, open_member in walk(path):
                 inside = safe_path(name, shown)
+                if inside in seen:
+                    raise InputError(f"{shown}: holds {inside} twice; unpack it yourself and give the folder")
+                seen.add(inside)
                 if not all(_is_shown(part) for part in inside.parts):
                     continue
                 if open_member is None:
@@ -188,11 +195,13 @@ def reading(shown: str) -> Iterator[None]:
     """Turns what a damaged or foreign archive raises into an InputError that names it."""
     try:
         yield
-    except DAMAGED as error:
-        raise InputError(f"{shown}: is damaged ({first_line(error)}); download it again") from error
     except UNSUPPORTED as error:
         reason = first_line(error)
         raise InputError(f"{shown}: cannot be read ({reason}); unpack it yourself and give the folder") from error
+    except (*DAMAGED, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise  # the disk's word, not the archive's
+        raise InputError(f"{shown}: is damaged ({first_line(error)}); download it again") from error
 
 
 Member = tuple[str, int, Callable[[], IO[bytes]] | None]
@@ -207,11 +216,32 @@ def _in_zip(path: Path) -> Iterator[Member]:
             yield info.filename, info.file_size, None if is_link else partial(archive.open, info)
 
 
+class _Header(tarfile.TarInfo):
+    """A tar's header whose long names and extensions may take a megabyte, not the machine's memory."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _EXTENSIONS and self.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        return super()._proc_member(archive)  # type: ignore[misc,no-any-return]
+
+
+_EXTENSIONS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+
+
 def _in_tar(path: Path) -> Iterator[Member]:
-    with tarfile.open(path) as archive:
+    with tarfile.open(path, tarinfo=_Header) as archive:
         for member in archive:
             if not member.isdir():
                 yield member.name, member.size, partial(_open_tar, archive, member) if member.isfile() else None
+        # The checksum of what was compressed lies behind the last member.
+        while archive.fileobj is not None and archive.fileobj.read(1 << 20):
+            pass
 
 
 def _open_tar(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:

@@ -66,6 +66,12 @@ def parse_coco(path: PurePosixPath, content: Mapping[str, Any]) -> CocoFile:
         InputError: naming the file and what is missing or malformed in it.
     """
     try:
+        for kind, key in (("categories", "id"), ("images", "id"), ("images", "file_name")):
+            counts = Counter(str(entry[key]) for entry in content[kind])
+            if twice := [value for value, count in counts.items() if count > 1]:
+                raise InputError(
+                    f"{path}: {kind}: {key} {twice[0]} occurs {counts[twice[0]]} times; join or remove the others"
+                )
         names = {category["id"]: str(category["name"]) for category in content["categories"]}
         shapes: dict[Any, list[tuple[float, str, Any]]] = {image["id"]: [] for image in content["images"]}
         used: Counter[str] = Counter()
@@ -86,11 +92,14 @@ def parse_coco(path: PurePosixPath, content: Mapping[str, Any]) -> CocoFile:
         for image in content["images"]:
             size = int(image["width"]), int(image["height"])
             if min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
-                raise InputError(f"{path}: picture {image['file_name']} is said to be {size[0]}x{size[1]}")
+                raise InputError(
+                    f"{path}: picture {image['file_name']} is said to be {size[0]}x{size[1]}; sides of at least 1 and up to "
+                    f"{MAX_PIXELS:,} pixels are drawn"
+                )
             ordered = sorted(shapes[image["id"]], key=lambda shape: -shape[0])
             file_name = PurePosixPath(str(image["file_name"]).replace("\\", "/"))
             images.append(CocoImage(file_name, size, tuple((name, shape) for _, name, shape in ordered)))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"{path}: is not a COCO file ({type(error).__name__}: {first_line(error)})") from error
     return CocoFile(path, images, [name for name in dict.fromkeys(names.values()) if used[name]], skipped)
 
@@ -108,7 +117,7 @@ def draw(image: CocoImage, labels: Mapping[str, int]) -> NDArray[np.uint8]:
             if name in labels:
                 inside = _from_runs(shape, image.size) if isinstance(shape, dict) else _from_polygons(shape, image.size)
                 label[inside] = labels[name]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise InputError(f"{image.file_name}: a malformed shape in the annotations ({first_line(error)})") from error
     return label
 

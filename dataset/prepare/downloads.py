@@ -17,6 +17,7 @@ from dataset.trans10k import IMAGE_SUFFIXES, LAYOUTS
 from utils.errors import InputError
 
 MASK_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")  # the audit says which of them training does not read
+MAX_JSON_BYTES = 1_000_000_000  # read into memory
 ROLES = {
     **dict.fromkeys(("image", "images", "img", "imgs"), "image"),
     **dict.fromkeys(("mask", "masks"), "mask"),
@@ -132,6 +133,9 @@ def look(sources: Sources) -> Found:
             found.items.append(item)
             continue
         if entry.path.suffix.lower() == ".json":
+            if entry.size > MAX_JSON_BYTES:
+                found.foreign[entry.path] = f"larger than {MAX_JSON_BYTES / 1e9:g} GB"
+                continue
             with reading(str(entry.path)), entry.open() as stream:
                 content = load_json(stream.read())
             if is_coco(content):
