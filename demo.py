@@ -26,6 +26,7 @@ from utils.publishing import load_model_on
 if TYPE_CHECKING:
     from utils.demo.desk import Model
 
+SECONDS_BETWEEN_SWEEPS = 60.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MODES = {"end_to_end": "end to end", "diffusion": "diffusion"}
 
@@ -37,7 +38,7 @@ def describe(model: str, pipe: TransparencySegmentationPipeline) -> str:
     if (Path(model) / CONFIG_FILE_NAME).is_file():
         parts.append(f"trained on {Path(read_config(Path(model)).dataset_path).name}")
     elif pipe.config.training:
-        parts.append(f"trained on data in the layout {pipe.config.training['data']}")
+        parts.append(f"trained on {pipe.config.training.get('data', 'data that it does not name')}")
     return ", ".join([*parts, f"{dtype} on {pipe.device.type}"])
 
 
@@ -170,7 +171,8 @@ def main() -> None:
                 print(
                     f"open to whoever knows {public}" if public else "no public address: Gradio gave none", flush=True
                 )
-            threading.Event().wait()
+            while not threading.Event().wait(SECONDS_BETWEEN_SWEEPS):
+                desk.visitors.forget_idle()
     except (KeyboardInterrupt, InterruptedRunError) as error:
         # Not by returning: a prediction that is under way would abort the interpreter's exit.
         os._exit(getattr(error, "exit_code", EXIT_SIGINT))

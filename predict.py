@@ -125,19 +125,24 @@ class Predictor:
     def _segment_batch(
         self, batch: list[tuple[Source, NDArray[np.uint8]]]
     ) -> list[tuple[Source, NDArray[np.uint8], Segmentation, int]]:
-        """Segments pictures together, or one by one where the memory is too small for that."""
+        """Segments pictures together, or one by one where that fails, because the memory is too small or for one of them."""
         if not batch:
             return []
         try:
             found = self._segment([picture for _, picture in batch], [source.name for source, _ in batch])
+        except CommandError as error:  # a prediction that is not finite
+            reason = str(error)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if len(batch) == 1:
-                self._fail(batch[0][0], "out of memory; lower --resolution or --tile_size")
-                return []
-            return [each for pair in batch for each in self._segment_batch([pair])]
-        return [(source, picture, found, number) for number, (source, picture) in enumerate(batch)]
+            reason = "out of memory; lower --resolution or --tile_size"
+        else:
+            return [(source, picture, found, number) for number, (source, picture) in enumerate(batch)]
+        # Out of the handlers, whose error holds what the failed pass left on the device.
+        if len(batch) == 1:
+            self._fail(batch[0][0], reason)
+            return []
+        return [each for pair in batch for each in self._segment_batch([pair])]
 
     def _segment(self, pictures: list[NDArray[np.uint8]], names: Sequence[str]) -> Segmentation:
         # A picture's noise is its name's, so that it depends neither on the batch nor on where a run went on.
@@ -179,7 +184,7 @@ class Predictor:
             Image.fromarray(values).save(partial, format="png", compress_level=3)
             partial.replace(path)
             files.append(f"{source.name}_{kind}.png")
-        details: dict[str, Any] = {"file_name": f"{source.name}{source.path.suffix}"}
+        details: dict[str, Any] = {"file_name": source.path.as_posix()}
         details |= {"width": mask.shape[1], "height": mask.shape[0], "share": round(float(mask.mean()), 4)}
         if "contours" in self.kinds:
             details["contours"] = contours(classes, soft)
@@ -227,7 +232,8 @@ class Predictor:
 
     def _leave_if_asked(self) -> None:
         if code := self.stop.noticed():
-            raise InterruptedRunError("interrupted; the same command goes on", code)
+            again = "the same command without --overwrite" if self.record.overwrite else "the same command"
+            raise InterruptedRunError(f"interrupted; {again} goes on", code)
 
 
 def fingerprint(pipeline: TransparencySegmentationPipeline) -> str:

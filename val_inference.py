@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -132,7 +133,8 @@ def main() -> None:
         use_plain_attention(pipeline.transformer)
 
     step = checkpoints.read_state(checkpoint).global_step
-    details = {"checkpoint": str(checkpoint), "objective": trained.objective, "resolution": resolution}
+    details: dict[str, Any] = {"checkpoint": str(checkpoint), "objective": trained.objective, "resolution": resolution}
+    details |= {"dataset_name": config.dataset_name, "dataset_path": config.dataset_path}
     details |= {"data_type": config.data_type, "seed": config.seed, "pictures": len(found.pairs), **settings}
     final = place_for(Path(config.output_dir) / "mask_predictions" / f"test_{config.test_difficulty}_{step}", details)
     partial = final.with_name(f".partial-{final.name}")

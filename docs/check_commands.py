@@ -39,7 +39,7 @@ SMALL_RUN = "--resolution 64 --epochs null --max_train_steps 2 --dataloader_num_
 # What stands in a command for something of the reader's own.
 WORDS = {
     "DOWNLOADS": "downloads",
-    "FOLDER": "data/Trans10k",
+    "FOLDER": "data/own",
     "OUT": "docs_check_out",
     "DECODER": "docs_check_decoder",
     "PREDICTIONS": "docs_check_masks/predictions",
@@ -89,9 +89,10 @@ RULES = (
     Rule(
         r"benchmarks\.study",
         flags="--seeds 1 --only 'pixel loss alone' --epochs null --max_train_steps 2 --out runs/docs_check_study --report runs",
+        fresh=("runs/docs_check_study",),
     ),
     Rule(r"benchmarks\.scratch", flags="--minutes 0.05"),
-    Rule(r"benchmarks\.(training|inference)", flags="--size tiny --batch_size 2 --steps 1"),
+    Rule(r"benchmarks\.(training|inference)", flags="--size tiny --resolution 64 --batch_size 2 --steps 1"),
     Rule(r"benchmarks\.prediction", flags="--count 20 --broken 2"),
     Rule(r"models\.mask_decoder", flags="--resolution 64 --steps 2 --batch_size 2", fresh=("docs_check_decoder",)),
     Rule(r"--dry_run", flags="--resolution 64 --dataloader_num_workers 0"),
@@ -100,7 +101,7 @@ RULES = (
     Rule(
         r"trainer\.py",
         flags=SMALL_RUN,
-        fresh=("runs/sd35_medium_end_to_end", "runs/sd35_medium_diffusion", "runs/tiny", "runs/mine"),
+        fresh=("runs/sd35_medium_end_to_end", "runs/sd35_medium_diffusion"),
     ),
     Rule(r"val_inference\.py", flags="--resolution 64 --num_vals_test 4 --dataloader_num_workers 0"),
 )
@@ -192,7 +193,7 @@ def run(kind: str, command: str, checkout: Path, environment: dict[str, str]) ->
         code, output = 124, f"ran longer than {SECONDS_PER_COMMAND} s"
     how = f" with {rule.flags}" if rule.flags else ""
     seconds = time.monotonic() - start
-    # An audit that finds faults, and a comparison of a folder with itself, say so by 1 and not by 2.
+    # An audit that finds faults says so by 1 and not by 2.
     passed = code == 0 or (code == 1 and "dataset.audit" in command)
     return f"{'passed' if passed else f'FAILED ({code})'} in {seconds:.0f} s{how}", "" if passed else output[-1500:]
 

@@ -59,7 +59,14 @@ def make_trans10k() -> None:
 
 
 def make_other_data_sets() -> None:
-    """Makes downloads of GDD and GSD, exports of COCO, and a folder of somebody's own."""
+    """Makes downloads of GDD and GSD, exports of COCO, and folders of somebody's own, with and without splits."""
+    for split, place in (("train", "train"), ("validation/easy", "validation"), ("test/hard", "test")):
+        for kind, files in zip(
+            ("images", "masks"), zip(*pairs(split, 2 * PAIRS_OF_A_DOWNLOAD), strict=True), strict=True
+        ):
+            (folder := ROOT / "data" / "own" / place / kind).mkdir(parents=True)
+            for path in files:
+                shutil.copy(path, folder)
     photos, gdd = ROOT / "photos", ROOT / "work" / "GDD"
     for split, place in (("train", gdd / "train"), ("test/easy", gdd / "test"), ("test/easy", photos)):
         images, masks = ("images", "masks") if place is photos else ("image", "mask")

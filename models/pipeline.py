@@ -119,7 +119,9 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         training: what the model card tells of the run, as `utils.publishing.describe_training` gives it.
     """
 
-    model_cpu_offload_seq = "prompt->vae->transformer->mask_decoder"
+    # The VAE encodes before the transformer and decodes after it, and is the smaller of the two to leave on the card meanwhile.
+    model_cpu_offload_seq = "transformer->vae->mask_decoder"
+    _exclude_from_cpu_offload = ["prompt"]  # noqa: RUF012  it is read, never called, so that no hook would bring it
     _optional_components = ["mask_decoder"]  # noqa: RUF012  as Diffusers declares it
 
     def __init__(

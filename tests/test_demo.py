@@ -224,6 +224,21 @@ def test_who_was_away_longest_makes_room(tmp_path: Path, monkeypatch: pytest.Mon
     visitors["a"].last_seen -= visitors_module.KEPT_SECONDS + 1
     assert visitors["d"].result is None
     assert len(visitors) == 1
+    visitors.forget_idle()
+    assert len(visitors) == 1
+    visitors["d"].last_seen -= visitors_module.KEPT_SECONDS + 1
+    visitors.forget_idle()
+    assert len(visitors) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_upload_in_use_is_not_old(tmp_path: Path) -> None:
+    visitor = Visitors(tmp_path)["a"]
+    upload = tmp_path / "upload.png"
+    upload.touch()
+    os.utime(upload, (0, 0))
+    visitor.add_upload(upload)
+    assert upload.stat().st_mtime > 0
 
 
 def test_the_newest_run_or_exported_folder_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,12 +437,12 @@ def test_models_are_told_before_and_on_the_page(tmp_path: Path, capsys: pytest.C
     pytest.importorskip("gradio")
     from utils.demo.page import EXAMPLES, EXAMPLES_FOLDER
 
-    training = {"data": "trans10k"}
+    training = {"data": "Trans10k"}
     make_pipeline("end_to_end", training=training).save_pretrained(tmp_path / "first" / "model")
     make_pipeline("diffusion").save_pretrained(tmp_path / "second" / "model")
     names = [str(tmp_path / "first" / "model"), str(tmp_path / "second" / "model")]
     models = demo.load_models(names, "fp32")
-    told = "end to end, 32 x 32 pixels, trained on data in the layout trans10k, float32 on cpu"
+    told = "end to end, 32 x 32 pixels, trained on Trans10k, float32 on cpu"
     assert {name: model.description for name, model in models.items()} == {
         "model": told,
         names[1]: "diffusion, 32 x 32 pixels, float32 on cpu",

@@ -90,6 +90,16 @@ def members_of(generator: torch.Generator, members: int) -> torch.Tensor:
     return noise.clamp(-1, 1).repeat_interleave(8, dim=2).repeat_interleave(8, dim=3)
 
 
+def test_offloading_answers_the_same_call_after_call() -> None:
+    expected, offloaded = make_pipeline(tta="flip"), make_pipeline(tta="flip")
+    offloaded.enable_model_cpu_offload(device="cpu:0")  # the hooks do their work, from the CPU to the CPU
+    hooked = [part for part in ("transformer", "vae", "prompt") if hasattr(getattr(offloaded, part), "_hf_hook")]
+    assert hooked == ["transformer", "vae"]  # the prompt is never called: it has to stay where the others compute
+    for _ in range(2):
+        for one, other in zip(expected(images()).soft, offloaded(images()).soft, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
 def test_the_members_of_an_ensemble_vote_after_clamping() -> None:
     output = stub_pipeline().predict(torch.zeros(2, 3, 16, 16), generators(5, 6), ensemble_size=4, denoise_steps=3)
     for number, generator in enumerate(generators(5, 6)):

@@ -157,6 +157,15 @@ def test_two_units_cannot_be_put_together_without_a_data_set(changes: dict[str, 
         schedule_of(replace(Config(), dataset_path="missing", **changes), 1)
 
 
+def test_the_checkpoints_of_a_run_are_counted() -> None:
+    def saves(total: int, every: int | None, done: int = 0) -> int:
+        config = Config(max_train_steps=total, epochs=None, save_checkpoint_steps=every, save_checkpoint_epochs=None)
+        return TrainingPlan(config, 4, 5).num_saves(done)
+
+    assert [saves(10, 5), saves(11, 5), saves(10, None), saves(10, 20)] == [2, 3, 1, 1]
+    assert [saves(10, 5, 5), saves(10, 5, 7), saves(11, 5, 7), saves(10, 5, 10)] == [1, 1, 2, 0]
+
+
 def test_the_rates_course_is_told_in_words() -> None:
     config = replace(
         Config(), epochs=None, max_train_steps=100, lr_warmup_epochs=None, lr_warmup_steps=10, scale_lr=False, lr=1.0

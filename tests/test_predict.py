@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import predict
@@ -19,7 +20,7 @@ from predict import Predictor, build_parser, check_arguments, fingerprint, print
 from tests.conftest import ROOT, environment
 from tests.test_checkpoints import write_run
 from tests.test_pipeline import make_pipeline
-from utils.errors import CommandError, InputError, InterruptedRunError
+from utils.errors import CommandError, InputError, InterruptedRunError, is_out_of_memory
 from utils.prediction_inputs import Source, find_files, name_files
 from utils.prediction_record import PredictionRecord
 from utils.publishing import load_model
@@ -153,6 +154,50 @@ def test_a_signal_ends_it_between_batches_and_it_goes_on(tmp_path: Path) -> None
     assert [record.is_done(source) for source in sources] == [True, True, False]
 
 
+def test_after_overwriting_the_way_to_go_on_is_without_it(tmp_path: Path) -> None:
+    write_photos(tmp_path / "in")
+    predictor = predictor_into(tmp_path / "out", make_pipeline("end_to_end"), ("mask",))
+    predictor.record.overwrite = True
+    predictor.stop = SimpleNamespace(noticed=lambda: signal.SIGINT)  # type: ignore[assignment]
+    with pytest.raises(InterruptedRunError, match="the same command without --overwrite goes on"):
+        predictor.predict([Source(tmp_path / "in" / "a.png", "a")])
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory; lower --resolution"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "out of memory"),
+        (MemoryError(), "out of memory"),
+        (CommandError("the prediction is not finite"), "the prediction is not finite"),
+    ],
+)
+def test_one_picture_that_fails_takes_no_other_along(
+    error: Exception, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_photos(tmp_path / "in")
+    pipeline = make_pipeline("end_to_end")
+    predict_together = pipeline.predict
+
+    def fail_for_all_of_one_colour(pictures: torch.Tensor, *arguments: object, **settings: object) -> object:
+        if any(len(picture.unique()) == 1 for picture in pictures):
+            raise error
+        return predict_together(pictures, *arguments, **settings)
+
+    monkeypatch.setattr(pipeline, "predict", fail_for_all_of_one_colour)
+    Image.new("RGB", (20, 20), "red").convert("L").save(tmp_path / "in" / "plain.png")
+    sources = [Source(tmp_path / "in" / name, name) for name in ("a.png", "plain.png", "grey.png")]
+    predictor = predictor_into(tmp_path / "out", pipeline, ("mask",), batch_size=3)
+    predictor.predict(sources)
+    assert list(predictor.failures) == [sources[1]]
+    assert told in predictor.failures[sources[1]]
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"a.png_mask.png", "grey.png_mask.png"}
+
+
+def test_another_error_of_a_card_is_not_taken_for_lack_of_memory() -> None:
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
 def test_a_disk_that_fills_ends_it_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_photos(tmp_path / "in")
 
@@ -252,12 +297,14 @@ def test_too_little_memory_for_a_batch_is_enough_for_its_pictures(tmp_path: Path
     assert (tmp_path / "out" / "grey_mask.png").is_file()
 
 
-def test_a_prediction_that_is_not_finite_ends_it(tmp_path: Path) -> None:
+def test_a_prediction_that_is_not_finite_is_told_and_not_written(tmp_path: Path) -> None:
     write_photos(tmp_path / "in")
     pipeline = make_pipeline("end_to_end")
     pipeline.transformer.proj_out.bias.data *= float("nan")
-    with pytest.raises(CommandError, match="not finite"):
-        predictor_into(tmp_path / "out", pipeline).predict([Source(tmp_path / "in" / "a.png", "a")])
+    predictor = predictor_into(tmp_path / "out", pipeline)
+    predictor.predict([source := Source(tmp_path / "in" / "a.png", "a")])
+    assert "the prediction is not finite" in predictor.failures[source]
+    assert not list((tmp_path / "out").glob("*.png"))
 
 
 def test_names_are_printed_without_codes_for_the_terminal() -> None:

@@ -95,6 +95,12 @@ def test_patterns_and_lists_name_files_and_repeats_count_once(tmp_path: Path) ->
     assert names_of(find(tmp_path, "a.png", "*.png", lists=(tmp_path / "list.txt",))) == ["a", "b"]
 
 
+def test_a_listed_file_that_is_gone_stops_nothing(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png")
+    (tmp_path / "list.txt").write_text(f"{tmp_path / 'gone.png'}\n{tmp_path / 'a.png'}\n")
+    assert names_of(find(tmp_path, lists=(tmp_path / "list.txt",))) == ["gone", "a"]
+
+
 def test_names_of_earlier_runs_are_kept(tmp_path: Path) -> None:
     touch(tmp_path, "one/a.png", "two/a.png")
     second = str(tmp_path / "two" / "a.png")

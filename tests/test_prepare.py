@@ -578,6 +578,7 @@ def test_coco_becomes_a_folder_with_a_palette(tmp_path: Path, capsys: pytest.Cap
     said = capsys.readouterr().out
     assert "left aside: 3 annotations without a shape" in said
     assert "files in" not in said
+    assert "validation is" not in said  # the download has its own
     palette = Palette.from_file(out / PALETTE_FILE_NAME)
     assert palette.names == ("background", "cup", "pane")
     layout = layout_of("folder", out / PALETTE_FILE_NAME)
@@ -590,6 +591,12 @@ def test_coco_becomes_a_folder_with_a_palette(tmp_path: Path, capsys: pytest.Cap
     before = times(out)
     assert run(tmp_path / "export.zip", out) == 0
     assert times(out) == before
+
+
+def test_boxes_alone_make_no_mask(tmp_path: Path) -> None:
+    write_coco(tmp_path / "export", "train", 1)
+    for flags in ((), ("--binary",)):
+        assert "boxes alone make no mask" in refused(tmp_path / "export", tmp_path / "out", *flags)
 
 
 def test_categories_are_chosen_or_merged(tmp_path: Path) -> None:

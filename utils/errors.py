@@ -19,6 +19,7 @@ EXIT_SIGTERM = 143
 _kept: list[Any] = []
 
 UNUSABLE_PATHS = ("Symlink loop", "Could not determine home directory")  # pathlib's words
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "enough memory")
 FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -67,11 +68,10 @@ def first_line(error: Exception, limit: int = 200) -> str:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Returns whether an error tells that the machine's memory, or a card's, does not suffice.
-
-    PyTorch has an error of its own for a card and none for the machine; what both say is the same.
-    """
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error).lower())
+    """Returns whether an error tells that the machine's memory, or a card's, does not suffice."""
+    # PyTorch has an error of its own for a card and none for the machine.
+    told = str(error).lower() if isinstance(error, RuntimeError) else ""
+    return isinstance(error, MemoryError) or any(words in told for words in OUT_OF_MEMORY)
 
 
 def keep_until_exit(value: Kept) -> Kept:

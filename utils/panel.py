@@ -40,7 +40,7 @@ class Panel:
             self._rows[name] = np.concatenate([_tile(pictures[kind]) for kind in KINDS], axis=1)
 
     def gather(self, accelerator: Accelerator, scores: Sequence[PictureScore]) -> None:
-        """Brings all rows to every process, and takes the captions from all scores; called by all processes."""
+        """Brings all rows to the main process, and takes the captions from all scores; called by all processes."""
         rows = gather_object(list(self._rows.items()))
         self._rows = dict(rows) if accelerator.is_main_process else {}
         self._captions = {score.name: f"{score.name}   IoU {score.iou:.3f}" for score in scores}

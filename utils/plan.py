@@ -40,7 +40,8 @@ class TrainingPlan:
 
     def num_saves(self, done: int) -> int:
         """Returns the checkpoints that are still written after `done` updates."""
-        return 1 + max(0, self.total_steps - done) // (self.save_steps or self.total_steps)
+        every = self.save_steps or self.total_steps
+        return max(0, -(-self.total_steps // every) - done // every)
 
     @property
     def warmup_steps(self) -> int:

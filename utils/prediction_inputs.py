@@ -58,15 +58,15 @@ def find_files(
         tell: gets a sentence for each folder where something was left out.
 
     Raises:
-        InputError: naming an input that is nothing, or a folder that is empty or cannot be read.
+        InputError: naming an input (a line of a list may be gone) that is nothing, or a folder that is empty or cannot be read.
     """
-    wanted = [*inputs, *(line for path in lists for line in _read_list(path))]
-    if not wanted:
+    listed = [line for path in lists for line in _read_list(path)]
+    if not inputs and not listed:
         raise InputError("nothing to predict; name files, folders or patterns, or --list FILE")
     found: dict[str, tuple[Path, str]] = {}
-    for entry in wanted:
+    for number, entry in enumerate([*inputs, *listed]):
         try:
-            expanded = _expand(entry, recursive, output, tell)
+            expanded = _expand(entry, recursive, output, tell, number >= len(inputs))
         except OSError as error:
             raise InputError(f"{error.filename or entry}: cannot be read ({error.strerror})") from error
         for path, name in expanded:
@@ -92,7 +92,10 @@ def name_files(found: Sequence[tuple[Path, str]], named: Mapping[str, str]) -> l
     return sources
 
 
-def _expand(entry: str, recursive: bool, output: Path, tell: Callable[[str], None]) -> Iterable[tuple[Path, str]]:
+def _expand(
+    entry: str, recursive: bool, output: Path, tell: Callable[[str], None], is_listed: bool
+) -> Iterable[tuple[Path, str]]:
+    """Returns what an entry names; a line of a list that names nothing stands for a file that cannot be read."""
     path = Path(entry).expanduser()
     if path.is_dir():
         if path.resolve() == output.resolve():
@@ -110,6 +113,8 @@ def _expand(entry: str, recursive: bool, output: Path, tell: Callable[[str], Non
     matches = sorted(glob.iglob(str(path), recursive=True)) if glob.has_magic(entry) else []  # noqa: PTH207  absolute ones too
     own = output.resolve()
     files = [path for match in matches if (path := Path(match)).is_file() and own not in path.resolve().parents]
+    if not files and is_listed and not path.exists():
+        return [(path, path.stem)]
     if not files:
         what = "no file matches this pattern" if glob.has_magic(entry) else "no such file or folder"
         what = "is neither a file nor a folder" if path.exists() else what

@@ -159,7 +159,8 @@ def _scores(run: Path, checkpoint_name: str, data: str) -> list[dict[str, Any]]:
         except (KeyError, TypeError, ValueError, OverflowError):
             continue  # of an earlier version, or not whole
         if Path(str(inference.get("checkpoint", ""))).name == checkpoint_name:
-            found.append({"split": "_".join(folder.name.split("_")[:2]), "data": data, **settings, **figures})
+            scored_on = Path(str(inference.get("dataset_path", data))).name
+            found.append({"split": "_".join(folder.name.split("_")[:2]), "data": scored_on, **settings, **figures})
     return found
 
 
@@ -187,7 +188,8 @@ def main() -> None:
     print(f"{checkpoint} -> {arguments.out}")
     if arguments.push:
         try:
-            pipeline = TransparencySegmentationPipeline.from_pretrained(arguments.out)
+            dtype = DTYPES[arguments.data_type]
+            pipeline = TransparencySegmentationPipeline.from_pretrained(arguments.out, torch_dtype=dtype)
             address = pipeline.push_to_hub(arguments.push, private=arguments.private or None)
         except Exception as error:  # the hub, the network and the login fail in many ways
             raise InputError(

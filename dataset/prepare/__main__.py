@@ -88,12 +88,12 @@ class Painter:
             if name not in names:
                 raise InputError(f"--categories {name}: the annotations have {', '.join(names) or 'no shapes'}")
         names = [name for name in (chosen or names) if name.lower() != BACKGROUND]
-        if binary or len(names) == 1:
-            return cls(dict.fromkeys(names, 1))
         if not names:
             raise InputError(
                 f"the annotations hold no shapes (polygons or run lengths) of a category but {BACKGROUND}, and boxes alone make no mask"
             )
+        if binary or len(names) == 1:
+            return cls(dict.fromkeys(names, 1))
         return cls({name: number for number, name in enumerate(names, 1)}, colours_for(names))
 
     def write(self, image: CocoImage, target: Path) -> None:
@@ -207,9 +207,8 @@ def _prepare(arguments: argparse.Namespace, folder: OutputFolder, sources: Sourc
                 f"the source holds no COCO annotations (JSON with images, annotations and categories); it holds {found.others()}"
             )
         painter = Painter.of(found.coco, arguments.categories, arguments.binary)
-    placed = place_items(
-        coco_items(found) if name == "coco" else found.items, kind, arguments.validation_share, arguments.test_share
-    )
+    items = coco_items(found) if name == "coco" else found.items
+    placed = place_items(items, kind, arguments.validation_share, arguments.test_share)
     if not placed:
         raise InputError(f"the source holds nothing of kind {name}; add --kind with another")
     plan: list[Any] = [(str(path), str(item.source), item.size) for path, item in sorted(placed.items())]
@@ -226,7 +225,7 @@ def _prepare(arguments: argparse.Namespace, folder: OutputFolder, sources: Sourc
         folder.finish({"recognised": name, "dataset_name": kind.dataset_name, "counts": pairs})
     print(f"{name}, to be read as dataset_name: {kind.dataset_name}")
     print("\n".join(lines))
-    if "validation" not in {item.split for item in found.items} and any(split == "validation" for split, _ in counts):
+    if "validation" not in {item.split for item in items} and any(split == "validation" for split, _ in counts):
         print(f"validation is {arguments.validation_share:.0%} of what would be train, chosen by a hash of the names")
     left_aside.update(
         {f"files in {where}": number for where, number in found.left(item.source for item in placed.values()).items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 import threading
@@ -78,9 +79,11 @@ class Visitor:
         self.result = None if result is None else replace(result, uncertainty=None)
 
     def add_upload(self, path: Path) -> None:
-        """Notes a file to remove; the page's own examples lie elsewhere and stay."""
+        """Notes a file to remove, and that it is in use; the page's own examples lie elsewhere and stay."""
         if path.is_relative_to(self.folder.parent):
             self.uploads.add(path)
+            with contextlib.suppress(OSError):
+                os.utime(path)  # Gradio removes what was not touched for a while
 
     def write(self, kind: str, name: str, data: bytes) -> str:
         """Writes a file and returns its path, which is new: a browser may still be reading the one before.
@@ -126,6 +129,12 @@ class Visitors:
             while len(self._known) > 1 and self._too_much(now):
                 self._forget(next(iter(self._known)))
             return self._known[key]
+
+    def forget_idle(self) -> None:
+        """Forgets who was away too long; for a timer, since nobody may ask again."""
+        with self._lock:
+            while self._known and time.monotonic() - next(iter(self._known.values())).last_seen > KEPT_SECONDS:
+                self._forget(next(iter(self._known)))
 
     def leave(self, key: str) -> None:
         """Forgets a visitor: result, files made and uploads, save an upload that another visitor sent too."""
