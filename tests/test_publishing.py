@@ -194,6 +194,9 @@ def test_a_folder_of_something_else_is_told(change: dict[str, Any], said: str, b
 
 
 def test_what_is_no_run_is_told_and_foreign_scores_are_left_out(base: Path, tmp_path: Path) -> None:
+    assert "tiny_sd3: holds no complete checkpoint (a base model has to be fine-tuned first)" in message_of(
+        load_model, "assets/tiny_sd3"
+    )
     assert "nowhere: no such folder" in message_of(export, tmp_path / "nowhere", tmp_path / "out")
     checkpoint = write_run(tmp_path / "run", base)
     for number, (metrics, inference) in enumerate(

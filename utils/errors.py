@@ -136,7 +136,7 @@ def run_command(main: Callable[[], int | None]) -> None:
     except RuntimeError as error:
         if not str(error).startswith(UNUSABLE_PATHS):
             raise
-        code = _tell(f"{first_line(error)}; check the paths that the command names", EXIT_BAD_INPUT)
+        code = _tell(f"{first_line(error).rstrip('.')}; check the paths that the command names", EXIT_BAD_INPUT)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -21,7 +21,15 @@ from models.attention import use_plain_attention
 from models.base import DTYPES
 from models.card import STABILITY_LICENCE, UNKNOWN_LICENCE
 from models.pipeline import INDEX_FILE_NAME, TransparencySegmentationPipeline
-from utils.checkpoints import STATE_FILE_NAME, best_or_latest, find_checkpoint, load_pipeline, read_config, read_state
+from utils.checkpoints import (
+    STATE_FILE_NAME,
+    best_or_latest,
+    find_checkpoint,
+    list_checkpoints,
+    load_pipeline,
+    read_config,
+    read_state,
+)
 from utils.config import Config
 from utils.errors import InputError, first_line, run_command
 
@@ -145,6 +153,11 @@ def _checkpoint_of(run: Path, name: str = "best") -> Path:
         raise InputError(f"{run}: no such folder; name a run that trainer.py wrote, or one of its checkpoints")
     if (run / INDEX_FILE_NAME).is_file():
         raise InputError(f"{run}: is exported already; use it as it is, or copy it")
+    if not list_checkpoints(run):
+        base = " (a base model has to be fine-tuned first)" if (run / "transformer").is_dir() else ""
+        raise InputError(
+            f"{run}: holds no complete checkpoint{base}; name a run that trainer.py wrote, one of its checkpoints, or an exported folder"
+        )
     return find_checkpoint(run, best_or_latest(run) if name == "best" else name, "MODEL")
 
 
