@@ -175,7 +175,7 @@ def test_the_command_scores_by_every_protocol_asked_for(tmp_path: Path) -> None:
     assert (found["translab"]["miou"], found["translab"]["mber"]) == (1, 0)
     assert found["glass"]["iou"] == pytest.approx(1, abs=0.02)  # label maps under that protocol too
     soft = json.loads(run_metrics(predictions, truths, "--protocol", "glass").stdout)["glass"]
-    assert soft["iou"] == pytest.approx(0.5, abs=0.02)  # a grey of 85 is a certainty of a third
+    assert soft["iou"] == 1  # in Trans10k's greys alone 85 is a class and not a certainty of a third
     assert run_metrics(predictions, "--protocol", "glass").stderr == (
         "error: --protocol: needs two folders, PREDICTIONS and TRUTHS\n"
     )
@@ -199,6 +199,9 @@ def test_maps_of_class_ids_are_refused_and_coloured_masks_read(tmp_path: Path) -
         score_folders(write(tmp_path / "ids_too", a=ids, b=0 * ids), truths, ["per_image"])
     dark = write(tmp_path / "dark", a=white, b=np.full((2, 2), 90, np.uint8))  # certain of nothing, which is no map
     assert score_folders(dark, truths, ["per_image"])["per_image"]["iou"] == 1
+    things = write(tmp_path / "things", a=white // 3, b=0 * white)  # Trans10k's 85
+    assert score_folders(things, things, ["per_image", "translab"])["per_image"]["recall"] == 1
+    assert score_folders(things, truths, ["per_image"])["per_image"]["iou"] == 1
     coloured = np.stack([white // 255 * np.uint8(80), 0 * white, 0 * white], axis=2)
     found = score_folders(write(tmp_path / "coloured", a=coloured, b=0 * coloured), truths, ["per_image"])
     assert found["per_image"]["iou"] == 1

@@ -37,7 +37,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 # A duration is given in one unit; setting one key of a pair in a later layer unsets the other.
-MAX_NUMBER = 1e15  # that any key takes: what is computed with it stays a number
+MAX_WHOLE, MAX_REAL = 1e15, 1e36  # that any key takes: what is computed with them stays a number
 EXCLUSIVE_PAIRS = (
     ("epochs", "max_train_steps"),
     ("save_checkpoint_epochs", "save_checkpoint_steps"),
@@ -354,8 +354,9 @@ def convert(name: str, value: Any, where: str) -> Any:
 
 
 def _check_size(name: str, value: Any, where: str) -> None:
-    if isinstance(value, int | float) and abs(value) > MAX_NUMBER:
-        raise InputError(f"{where}: is larger than {MAX_NUMBER:.0e}, expected {describe_type(name)}")
+    largest = MAX_WHOLE if describe_type(name).startswith("an integer") else MAX_REAL
+    if isinstance(value, int | float) and abs(value) > largest:
+        raise InputError(f"{where}: is larger than {largest:.0e}, expected {describe_type(name)}")
 
 
 def describe_type(name: str) -> str:

@@ -189,11 +189,10 @@ def read_mask(folder: Path, name: str, kind: str) -> NDArray[np.bool_]:
 def score_folders(predictions: Path, truths: Path, protocols: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Scores a folder of predicted masks against a folder of true ones, matched by name (`_mask` at its end is left out).
 
-    Under `per_image` and `glass` a coloured truth, or one of Trans10k's greys 0, 85 and 255 alone, has glass where it is not black,
-    another truth from 128 on; a prediction's grey is its certainty and is resized to the truth's size (bilinear), and glass is
-    predicted from 128 on, in a coloured one where it is not black. Maps of class ids, whose greys all lie below that, are refused.
-    Under `translab` both are label maps in these greys, taken to 512 x 512 by nearest neighbour; where it is among the protocols,
-    the other two take the prediction for a label map too.
+    Under `per_image` and `glass` a coloured mask, or one of Trans10k's greys 0, 85 and 255 alone, has glass where it is not black,
+    another from 128 on; a prediction's other greys are its certainty, which is resized to the truth's size (bilinear). Maps of class
+    ids, whose greys all lie below 128, are refused. Under `translab` both are label maps in Trans10k's greys, taken to 512 x 512 by
+    nearest neighbour.
 
     Returns:
         The figures of each protocol by its name.
@@ -212,13 +211,11 @@ def score_folders(predictions: Path, truths: Path, protocols: Sequence[str]) -> 
             translab.append(score_translab(labels[0], labels[1]))
         soft, greys = _greys(prediction_path), _greys(truth_path)
         brightest = max(brightest, int(soft.max()))
-        soft = (soft > 0) * np.uint8(255) if "translab" in protocols else soft
-        of_classes = set(np.unique(greys).tolist()) <= CLASS_COLOURS.keys()
-        if not of_classes and greys.max() < HALF:
+        if 0 < greys.max() < HALF:
             raise InputError(
                 f"{truth_path}: its brightest grey is {greys.max()}, a map of class ids? Write truths as black and white, or in colours"
             )
-        truth = greys >= (1 if of_classes else HALF)
+        truth = greys >= HALF
         if soft.shape != truth.shape:
             soft = np.array(Image.fromarray(soft).resize(truth.shape[::-1], Image.Resampling.BILINEAR))
         mask = soft >= HALF
@@ -226,7 +223,7 @@ def score_folders(predictions: Path, truths: Path, protocols: Sequence[str]) -> 
             per_image.append(score_picture(np.repeat(soft[..., None], 3, axis=2), mask, truth, name))
         if "glass" in protocols:
             glass.append(score_glass(soft, truth))
-    if 0 < brightest < HALF and "translab" not in protocols:
+    if 0 < brightest < HALF:
         raise InputError(
             f"{predictions}: the brightest grey of all is {brightest}, maps of class ids? Write predictions as black and white, or as "
             "certainties from 0 to 255"
@@ -265,10 +262,11 @@ def _match(predictions: Path, truths: Path) -> dict[str, tuple[Path, Path]]:
 
 
 def _greys(path: Path) -> NDArray[np.uint8]:
-    """Returns a mask's greys (H, W); of a coloured one white for any colour but black."""
+    """Returns a mask's greys (H, W); of a coloured one, and one of Trans10k's classes, white for all but black."""
     pixels = _read(path, "RGB")
-    grey = (pixels == pixels[..., :1]).all()
-    return pixels[..., 0] if grey else (pixels.max(axis=2) > 0) * np.uint8(255)
+    grey = pixels.max(axis=2)
+    of_classes = (pixels != pixels[..., :1]).any() or set(np.unique(grey).tolist()) <= CLASS_COLOURS.keys()
+    return (grey > 0) * np.uint8(255) if of_classes else grey
 
 
 def _labels(path: Path, values: NDArray[np.uint8]) -> NDArray[np.uint8]:
