@@ -25,8 +25,8 @@ from dataset.codecs import build_codec
 from dataset.latent_cache import CachedLatents, LatentCache, fill
 from dataset.sampling import BatchStream
 from dataset.trans10k import LAYOUTS, PairDataset, collate, prepare_worker, scan
-from models.base import DTYPES
-from models.latents import DOWNSCALE, LatentBatches, LatentCodec
+from models.base import DTYPES, largest_side
+from models.latents import LatentBatches, LatentCodec
 from utils.engine import keep_freed_memory
 from utils.errors import InputError, run_command
 from utils.provenance import machine
@@ -166,8 +166,7 @@ def parse(argv: list[str] | None, description: str, default_batch_size: int) -> 
     arguments.device = torch.device("cuda" if has_cuda else "cpu")
     if min(arguments.batch_size, arguments.steps, arguments.warmup) < 1 or arguments.resolution % 16:
         raise InputError("batch_size, steps and warmup must be at least 1, resolution a multiple of 16")
-    transformer = SIZES[arguments.size][1]
-    largest = DOWNSCALE * transformer["patch_size"] * transformer["pos_embed_max_size"]
+    largest = largest_side(SIZES[arguments.size][1])
     if arguments.resolution > largest:
         raise InputError(f"--resolution {arguments.resolution}: the {arguments.size} model takes sides up to {largest}")
     return arguments

@@ -147,12 +147,15 @@ def answers(line: str, checkout: Path, environment: dict[str, str]) -> tuple[int
         giving_up.start()
         assert page.stdout is not None
         printed, status = "", 1
-        for printed_line in page.stdout:
-            printed += printed_line
-            if address := re.search(r"http://[\w.:]+", printed_line):
-                with urllib.request.urlopen(address[0]) as answer:
-                    status = int(answer.status != HTTPStatus.OK)
-                break
+        try:
+            for printed_line in page.stdout:
+                printed += printed_line
+                if address := re.search(r"http://[\w.:]+", printed_line):
+                    with urllib.request.urlopen(address[0]) as answer:
+                        status = int(answer.status != HTTPStatus.OK)
+                    break
+        except OSError as error:  # a page that answers with an error is a failure of its command, not of the check
+            printed += f"{error}\n"
         page.terminate()
         page.wait()
         giving_up.cancel()

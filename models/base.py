@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
@@ -216,6 +217,11 @@ def check_prompt(prompt: EmptyPrompt, transformer: SD3Transformer2DModel) -> Non
         )
 
 
+def largest_side(settings: Mapping[str, Any]) -> int:
+    """Returns the longest side in pixels for which a transformer of these settings has positions."""
+    return int(DOWNSCALE * settings["patch_size"] * settings["pos_embed_max_size"])
+
+
 def check_resolution(resolution: int, transformer: SD3Transformer2DModel) -> None:
     """Compares a resolution in pixels with the transformer's table of positions.
 
@@ -223,7 +229,7 @@ def check_resolution(resolution: int, transformer: SD3Transformer2DModel) -> Non
         InputError: if the table is too small.
     """
     side = DOWNSCALE * transformer.config.patch_size
-    largest = side * transformer.config.pos_embed_max_size
+    largest = largest_side(transformer.config)
     if resolution > largest or resolution % side:
         raise InputError(
             f"resolution: {resolution} does not fit this base, which takes multiples of {side} up to {largest}"

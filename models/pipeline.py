@@ -29,6 +29,7 @@ from models.base import (
     MASK_DECODER,
     MODEL_PARTS,
     check_prompt,
+    largest_side,
     load_part,
     load_scheduler,
     load_transformer,
@@ -268,6 +269,11 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         return str(made)
 
     @property
+    def side_of_token(self) -> int:
+        """Side in pixels of a token's square, of which the sides of pictures and tiles are multiples."""
+        return int(DOWNSCALE * self.transformer.config.patch_size)
+
+    @property
     def vae_device(self) -> torch.device:
         """Where the VAE computes, which is not where it lies while `enable_model_cpu_offload` keeps it away."""
         hook = getattr(self.vae, "_hf_hook", None)
@@ -409,7 +415,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         Raises:
             ValueError: if shapes, ranges or the number of generators do not fit.
         """
-        side = DOWNSCALE * self.transformer.config.patch_size
+        side = self.side_of_token
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % side or images.shape[3] % side:
             raise ValueError(
                 f"expected images (B, 3, H, W) with H and W multiples of {side}, got {tuple(images.shape)}"
@@ -498,13 +504,13 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         Raises:
             ValueError: naming the first that does not fit.
         """
-        side = DOWNSCALE * self.transformer.config.patch_size
+        side = self.side_of_token
         tta = self._check_views(tta, tile_size)
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} must be at least 1")
         if isinstance(resolution, int) and (resolution < side or resolution % side):
             raise ValueError(f"resolution {resolution} must be a multiple of {side}")
-        largest = side * self.transformer.config.pos_embed_max_size
+        largest = largest_side(self.transformer.config)
         wanted = resolution if isinstance(resolution, int) else self.config.resolution
         wanted = max(round(wanted * scale / side) * side for _, scale in VIEWS[tta])
         if tile_size is not None:
@@ -517,7 +523,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
 
     def _check_views(self, tta: str | None, tile_size: int | None) -> str:
         """Returns the key of `VIEWS` that a call means, after a look at it and at the side of the tiles."""
-        side = DOWNSCALE * self.transformer.config.patch_size
+        side = self.side_of_token
         tta = self.config.tta if tta is None else tta
         if tta not in VIEWS:
             raise ValueError(f"unknown tta {tta!r}; valid: {', '.join(VIEWS)}")
@@ -530,7 +536,7 @@ class TransparencySegmentationPipeline(DiffusionPipeline):
         if resolution != "own":
             side = self.config.resolution if resolution is None else resolution
             return side, side
-        step = DOWNSCALE * self.transformer.config.patch_size
+        step = self.side_of_token
         height, width = (max(1, round(length / step)) * step for length in picture.shape[:2])
         return height, width
 
